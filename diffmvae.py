@@ -1,0 +1,850 @@
+"""Multimodal ELBO with Diffusion Decoders (Diff-MVAE; Wesego and Rooshenas) in one file.
+
+Each modality x_i has an encoder q(z|x_i). Any subset A of them fuses to q(z|x_A), a product of
+Gaussians; training draws subsets (MoPoE). Simple modalities have feed-forward decoders; images have
+a diffusion decoder conditioned on z, whose denoising score-matching loss stands inside the ELBO. A
+second, small diffusion model learns the distribution of z for unconditional samples.
+
+The file follows the paper from top to bottom. Its notation:
+
+    x_1 .. x_M    modalities                          z           latent, (B, D), p(z) = N(0, I)
+    A, S, ω_A     a subset, their family, its weight  μ, log σ²   mu, logvar of an expert or product
+    t ∈ [0, 1]    time                                x_t         α(t) x + σ(t) ε, with ε ~ N(0, I)
+    ℓ(t)          log-SNR, log α²/σ²                  β(t)        g(t)², the SDE's noise rate
+    ε̂_θ(x_t,z,t)  the predicted noise                 s_θ         the score, −ε̂/σ
+
+    paper                                here
+    §3.1, the SDE, q(x_t|x_0)            VPSDE
+    §3.1, Eq. 1, Eq. 2                   Diffusion.error, Diffusion.log_prob
+    §3.2, Σ_A ω_A q(z|x_A)               subsets, product_of_experts
+    §3.2, Eqs. 3 to 5                    DiffMVAE.elbo
+    §3.3, conditional sampling           DiffMVAE.posterior, sample_gaussian, DiffMVAE.decode
+    §3.4, unconditional sampling         LatentPrior
+    §4, DDIM and Euler–Maruyama          ddim, euler_maruyama
+    §4, UNet, Soft-IntroVAE networks     UNet, ConvEncoder, ConvDecoder
+    §4.2, F1, Fréchet distance           f1_score, frechet_distance
+
+Where the code departs from the printed paper it says so on the spot, under the word "Deviation".
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.distributions import Bernoulli, Normal
+from tqdm import tqdm
+
+# ---- 1  Gaussian algebra (§2, §3.2, §3.3) --------------------------------------------------------
+
+
+def product_of_experts(mu, logvar, present=None):
+    """∏_i N(z; μ_i, σ_i²) up to a constant (§3.3): precisions add, means are weighted by precision.
+
+    mu, logvar: (..., M, D), the experts on dim −2. present: (..., M) bool, all experts if None; it
+    broadcasts, so one call fuses a different subset for each example. Returns mu, logvar: (..., D).
+    Works on log-precisions and is exact at any log-variance. Where no expert is present there is no
+    product: mu is NaN there and logvar is inf.
+    """
+    log_precision = -logvar  # (..., M, D)
+    if present is not None:
+        present = present.unsqueeze(-1)  # (..., M, 1)
+        log_precision = torch.where(present, log_precision, -torch.inf)
+        mu = torch.where(present, mu, 0.0)
+    weight = log_precision.softmax(dim=-2)  # (..., M, D)  σ_i⁻² / Σ_j σ_j⁻²
+    return (weight * mu).sum(-2), -log_precision.logsumexp(-2)
+
+
+def kl_divergence(mu, logvar, mu_p=None, logvar_p=None):
+    """KL(N(μ, σ²) ‖ N(μ_p, σ_p²)) in nats: (..., D) -> (...); p is N(0, I) if not given.
+
+    ½ Σ [ (μ − μ_p)²/σ_p² + σ²/σ_p² − 1 − log σ²/σ_p² ]
+    """
+    mu_p = torch.zeros_like(mu) if mu_p is None else mu_p
+    logvar_p = torch.zeros_like(logvar) if logvar_p is None else logvar_p
+    log_ratio = logvar - logvar_p
+    return 0.5 * ((mu - mu_p).square() * (-logvar_p).exp() + log_ratio.expm1() - log_ratio).sum(-1)
+
+
+def subsets(num_modalities, family="mopoe"):
+    """The family of §3.2, (S, M) bool: "mopoe" every non-empty subset, "mvae" only the full one,
+    "mmvae" the single modalities. All have the same weight ω_A = 1/S."""
+    every = torch.tensor(list(itertools.product([False, True], repeat=num_modalities)))[1:]
+    size = every.sum(1)
+    families = {"mopoe": every, "mvae": every[size == num_modalities], "mmvae": every[size == 1]}
+    if family not in families:
+        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(families)}")
+    return families[family]
+
+
+def sample_gaussian(mu, logvar):
+    """z ~ N(μ, σ²), reparameterised: μ + σ ε."""
+    return mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+
+
+# ---- 2  Forward SDE (§3.1) -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VPSDE:
+    """dx = −½ β(t) x dt + √β(t) dw on t ∈ [0, 1], β(t) linear (Song et al. 2021).
+
+    q(x_t|x) = N(α(t) x, σ(t)² I) is the paper's q(x_t|x_0) with ᾱ_t = α(t)². Bound and samplers
+    stop at t_min, where the noise left is 0.4 of an 8-bit grey level.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-4
+
+    def integral(self, t):
+        """B(t) = ∫_0^t β(s) ds."""
+        return self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2
+
+    def alpha(self, t):
+        """α = e^(−B/2)."""
+        return (-0.5 * self.integral(t)).exp()
+
+    def sigma(self, t):
+        """σ = √(1 − e^−B)."""
+        return (-(-self.integral(t)).expm1()).sqrt()
+
+    def log_snr(self, t):
+        """ℓ = log α²/σ² = −B − log(1 − e^−B)."""
+        b = self.integral(t)
+        return -b - (-(-b).expm1()).log()
+
+    def g2(self, t):
+        """g² = β, the squared diffusion coefficient; g²/σ² = −dℓ/dt."""
+        return self.beta_min + (self.beta_max - self.beta_min) * t
+
+    def time_at(self, log_snr):
+        """The t with that log-SNR: B = log(1 + e^−ℓ), then the stable root of B(t) = B."""
+        b = F.softplus(-log_snr)
+        slope = self.beta_max - self.beta_min
+        return 2 * b / (self.beta_min + (self.beta_min**2 + 2 * slope * b).sqrt())
+
+    def log_snr_ends(self):
+        """(ℓ(1), ℓ(t_min)) as floats."""
+        return self.log_snr(torch.tensor([1.0, self.t_min], dtype=torch.float64)).tolist()
+
+
+# ---------------------------------------------------------------------------------------------
+# 3  Samplers (§4): eps_model(x_t, t) -> ε̂, start x ~ N(0, I). N evaluations are N − 1 steps and
+#    a last one, at t_min, that returns x̂0 = (x_t − σ ε̂)/α.
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ddim(eps_model, x, sde, steps):
+    """DDIM (Song et al. 2021, Eq. 12 with η = 0), times uniform in t. x: (B, ...) -> (B, ...)."""
+    t = torch.linspace(1, sde.t_min, steps, device=x.device)
+    alpha, sigma = F.pad(sde.alpha(t), (0, 1), value=1.0), F.pad(sde.sigma(t), (0, 1))  # then t = 0
+    for i in range(steps):
+        eps = eps_model(x, t[i])
+        x0 = (x - sigma[i] * eps) / alpha[i]
+        x = alpha[i + 1] * x0 + sigma[i + 1] * eps
+    return x
+
+
+@torch.no_grad()
+def euler_maruyama(eps_model, x, sde, steps):
+    """Euler–Maruyama on the reverse SDE, times uniform in log-SNR. x: (B, ...) -> (B, ...).
+
+    dx = [−½ β x − β s_θ] dt + √β dw̄, backwards in t, with s_θ = −ε̂/σ (Song et al. 2021). On a
+    grid uniform in t the last step would leave noise of √(βh), a dozen grey levels at 50 steps.
+    """
+    t = sde.time_at(torch.linspace(*sde.log_snr_ends(), steps, device=x.device))
+    for i in range(steps - 1):
+        h, beta = t[i] - t[i + 1], sde.g2(t[i])
+        score = -eps_model(x, t[i]) / sde.sigma(t[i])
+        x = x + h * beta * (0.5 * x + score) + (h * beta).sqrt() * torch.randn_like(x)
+    return (x - sde.sigma(t[-1]) * eps_model(x, t[-1])) / sde.alpha(t[-1])
+
+
+# ---- 4  Score matching as a log-likelihood bound (Eqs. 1 and 2) ----------------------------------
+
+
+def stratified(n, device=None):
+    """(n,) numbers, each uniform on [0, 1), evenly spread: same expectations, less variance."""
+    return (torch.rand((), device=device) + torch.randperm(n, device=device) / n) % 1
+
+
+def in_bf16(network, *inputs):
+    """network(*inputs) in bfloat16 on CUDA; its outputs and the mathematics around it are not."""
+    device = inputs[0].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        out = network(*inputs)
+    widen = lambda o: o.float() if o.dtype == torch.bfloat16 else o
+    return widen(out) if torch.is_tensor(out) else tuple(map(widen, out))
+
+
+class Diffusion(nn.Module):
+    """p(x|z) by denoising diffusion: the image decoder, and without z the latent prior.
+
+    net(x_t, ℓ, z) -> v with v like x_t, ℓ: (B,), z: (B, D) or None. shape: of one x.
+
+                 weighting    λ(t) in Eq. 2   t uniform in   a bound, in nats   sampler, evaluations
+    Diff-MVAE    likelihood   g(t)²           log-SNR        yes                Euler–Maruyama, 500
+    Diff-MVAE*   simple       σ(t)², Eq. 1    t              no, a surrogate    DDIM, 50
+
+    Deviation: the paper gives Diff-MVAE* λ = 1. In Eq. 2 that would weigh small t still more than
+    g² does; the works it cites have λ = 1 on the ε-loss of Eq. 1, which is taken here.
+    """
+
+    samplers = {"likelihood": (euler_maruyama, 500), "simple": (ddim, 50)}
+
+    def __init__(self, net, shape, sde=VPSDE(), weighting="likelihood"):
+        super().__init__()
+        if weighting not in self.samplers:
+            raise ValueError(f"unknown weighting {weighting!r}: choose from {list(self.samplers)}")
+        self.net, self.shape, self.sde, self.weighting = net, tuple(shape), sde, weighting
+
+    def predict_eps(self, x_t, z, t):
+        """ε̂ = σ x_t + α v: the network's v is the velocity α ε − σ x. t: (B,) -> ε̂ like x_t.
+
+        Deviation: the paper does not say what its network outputs. v leaves Eqs. 1 and 2 as they
+        are, starts (v = 0) as the exact denoiser of N(0, I), and keeps x̂0 finite at high noise.
+        """
+        t_ = t.view(-1, *[1] * len(self.shape))  # (B, 1, ...)
+        v = in_bf16(self.net, x_t, self.sde.log_snr(t), z)
+        return self.sde.sigma(t_) * x_t + self.sde.alpha(t_) * v
+
+    def error(self, x, z, t, eps):
+        """‖ε − ε̂_θ(α x + σ ε, z, t)‖², of Eqs. 1, 2, 5. x, eps: (B, *shape), t: (B,) -> (B,)."""
+        t_ = t.view(-1, *[1] * len(self.shape))
+        x_t = self.sde.alpha(t_) * x + self.sde.sigma(t_) * eps
+        return (eps - self.predict_eps(x_t, z, t)).square().flatten(1).sum(1)
+
+    def log_prob(self, x, z=None, t=None, eps=None):
+        """An estimate of a lower bound b(x, z) ≤ log p(x|z) in nats, x: (B, *shape) -> (B,).
+
+        b = −KL(q(x_1|x) ‖ N(0, I)) + E log N(x; x_t0/α, σ²/α² I) − ½ ∫ g²/σ² E‖ε − ε̂‖² dt
+
+        The integral, from t0 = t_min to 1, is Eq. 2. Since g²/σ² = −dℓ/dt it is
+        ½ (ℓ(t0) − ℓ(1)) times the mean error over times uniform in log-SNR. Weighting "simple"
+        gives the surrogate −½ E‖ε − ε̂‖² instead.
+        Deviation: Eq. 5 leaves out the first two terms and adds the third, where it must subtract.
+        """
+        eps = torch.randn_like(x) if eps is None else eps
+        u = stratified(len(x), x.device)  # (B,)
+        if self.weighting == "simple":
+            t = self.sde.t_min + (1 - self.sde.t_min) * u if t is None else t
+            return -0.5 * self.error(x, z, t, eps)
+        ell_1, ell_0 = self.sde.log_snr_ends()
+        t = self.sde.time_at(ell_1 + (ell_0 - ell_1) * u) if t is None else t
+        score_matching = 0.5 * (ell_0 - ell_1) * self.error(x, z, t, eps)
+        one = x.new_ones(())
+        mean_1, logvar_1 = self.sde.alpha(one) * x.flatten(1), 2 * self.sde.sigma(one).log()
+        prior = kl_divergence(mean_1, logvar_1)
+        reconstruction = -0.5 * mean_1.shape[1] * (1 + math.log(2 * math.pi) - ell_0)
+        return reconstruction - prior - score_matching
+
+    @torch.no_grad()
+    def sample(self, z=None, n=None, noise=None, sampler=None, steps=None):
+        """x ~ p(x|z), one for each row of z, (B, D), or n without z. noise: x_1, (B, *shape)."""
+        default_sampler, default_steps = self.samplers[self.weighting]
+        if noise is None:
+            device = next(self.parameters()).device if z is None else z.device
+            noise = torch.randn(n if z is None else len(z), *self.shape, device=device)
+        model = lambda x_t, t: self.predict_eps(x_t, z, t.expand(len(x_t)))
+        return (sampler or default_sampler)(model, noise, self.sde, steps or default_steps)
+
+
+# ---- 5  Networks (§4.1, §4.2) --------------------------------------------------------------------
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d}
+
+
+def group_norm(channels):
+    """At least four channels a group, at most 32 groups."""
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
+
+
+def zeroed(layer):
+    """A layer that starts at zero: the end of a residual branch, or of a network."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(AdaGN(conv(silu(GN(x)))))), AdaGN(h) = (1 + s) GN(h) + b, s, b linear in e.
+
+    x: (B, c_in, ...) -> (B, c_out, ...); e: (B, embedding), in the UNet only.
+    """
+
+    def __init__(self, dims, c_in, c_out, embedding=0, dropout=0.0):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), CONV[dims](c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c_out), CONV[dims](c_out, c_out, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * c_out) if embedding else None
+        self.dropout = nn.Dropout(dropout)
+        self.skip = CONV[dims](c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        if embedding:
+            zeroed(self.conv2)
+
+    def forward(self, x, e=None):
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        if e is not None:
+            e = self.modulation(e)  # (B, 2 c_out)
+            scale, shift = e.view(*e.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
+            h = (1 + scale) * h + shift
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention over positions: x + proj(softmax(q kᵀ/√d) v). (B, C, ...) -> (B, C, ...)"""
+
+    def __init__(self, dims, channels, heads):
+        super().__init__()
+        self.heads, self.norm = heads, group_norm(channels)
+        self.qkv = CONV[dims](channels, 3 * channels, 1)
+        self.proj = zeroed(CONV[dims](channels, channels, 1))
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm(x)).flatten(2)  # (B, 3C, L)
+        qkv = qkv.unflatten(1, (3, self.heads, -1)).transpose(-1, -2)  # (B, 3, heads, L, C/heads)
+        q, k, v = qkv.unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(h.transpose(-1, -2).reshape(x.shape))
+
+
+class UNetBlock(nn.Module):
+    """ResBlock, then attention at the levels that have it."""
+
+    def __init__(self, dims, c_in, c_out, embedding, dropout, heads):
+        super().__init__()
+        self.res = ResBlock(dims, c_in, c_out, embedding, dropout)
+        self.attention = Attention(dims, c_out, heads) if heads else nn.Identity()
+
+    def forward(self, x, e):
+        return self.attention(self.res(x, e))
+
+
+class UNet(nn.Module):
+    """v(x_t, ℓ, z) in 1-D (CUB's latent prior) or 2-D (images, CelebA's latent prior).
+
+    x: (B, channels, L) or (B, channels, H, W), sides divisible by 2^(levels − 1). log_snr: (B,).
+    z: (B, z_dim), or None if z_dim = 0. Both condition every block through adaptive group norm
+    (Preechakul et al. 2022). attention: the levels that have it, 0 the finest; the middle has.
+    """
+
+    def __init__(self, dims, channels, width, multipliers, blocks=2, attention=(), heads=8,
+                 dropout=0.0, z_dim=0):
+        super().__init__()
+        widths, c, e = [width * m for m in multipliers], width, max(256, 4 * width)
+        here = lambda level: heads if level in attention else 0
+        block = lambda c_in, c_out, level: UNetBlock(dims, c_in, c_out, e, dropout, here(level))
+        frequencies = torch.linspace(-4, 4, width // 2).exp2()
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.embed_time = nn.Sequential(nn.Linear(2 * (width // 2), e), nn.SiLU(), nn.Linear(e, e))
+        self.embed_z = nn.Linear(z_dim, e) if z_dim else None
+        self.stem = CONV[dims](channels, c, 3, padding=1)
+        self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [c]
+        for level, w in enumerate(widths):
+            stage = nn.ModuleList(block(c if i == 0 else w, w, level) for i in range(blocks))
+            last = level == len(widths) - 1
+            halve = None if last else CONV[dims](w, w, 3, stride=2, padding=1)
+            self.down.append(nn.ModuleList([stage, halve]))
+            skips += [w] * (blocks + (not last))
+            c = w
+        attend = Attention(dims, c, heads)
+        self.middle = nn.ModuleList([block(c, c, None), attend, block(c, c, None)])
+        for level, w in reversed(list(enumerate(widths))):
+            stage = nn.ModuleList()
+            for _ in range(blocks + 1):
+                stage.append(block(c + skips.pop(), w, level))
+                c = w
+            double = CONV[dims](w, w, 3, padding=1) if level else None
+            self.up.append(nn.ModuleList([stage, double]))
+        last = zeroed(CONV[dims](c, channels, 3, padding=1))
+        self.out = nn.Sequential(group_norm(c), nn.SiLU(), last)
+
+    def forward(self, x, log_snr, z=None):
+        angles = log_snr[:, None] * self.frequencies  # (B, width/2)
+        e = self.embed_time(torch.cat([angles.sin(), angles.cos()], dim=1))  # (B, embedding)
+        e = F.silu(e if z is None else e + self.embed_z(z))
+        h = self.stem(x)
+        skips = [h]
+        for stage, downsample in self.down:
+            for block in stage:
+                h = block(h, e)
+                skips.append(h)
+            if downsample is not None:
+                h = downsample(h)
+                skips.append(h)
+        first, attention, second = self.middle
+        h = second(attention(first(h, e)), e)
+        for stage, upsample in self.up:
+            for block in stage:
+                h = block(torch.cat([h, skips.pop()], dim=1), e)
+            if upsample is not None:
+                h = upsample(F.interpolate(h, scale_factor=2))
+        return self.out(h)
+
+
+class Encoder(nn.Sequential):
+    """q(z|x) = N(μ, σ²): layers whose last one gives 2D numbers -> (mu, logvar), each (B, D)."""
+
+    def forward(self, x):
+        return super().forward(x).chunk(2, dim=-1)
+
+
+class ConvEncoder(Encoder):
+    """Residual convolutional encoder in the manner of Soft-IntroVAE (Daniel and Tamar 2021).
+
+    x: (B, channels, size, size). Every entry of widths halves the side once. Norm is by groups.
+    """
+
+    def __init__(self, channels, size, latent_dim, widths):
+        layers = [nn.Conv2d(channels, widths[0], 5, padding=2), nn.AvgPool2d(2)]
+        for c_in, c_out in zip(widths, widths[1:]):
+            layers += [ResBlock(2, c_in, c_out), nn.AvgPool2d(2)]
+        side = size // 2 ** len(widths)
+        layers += [ResBlock(2, widths[-1], widths[-1])]
+        layers += [group_norm(widths[-1]), nn.SiLU(), nn.Flatten()]
+        super().__init__(*layers, nn.Linear(widths[-1] * side * side, 2 * latent_dim))
+
+
+class ConvDecoder(nn.Sequential):
+    """The encoder's mirror image, z: (B, latent_dim) -> (B, channels, size, size)."""
+
+    def __init__(self, channels, size, latent_dim, widths):
+        side = size // 2 ** len(widths)
+        shape = (widths[-1], side, side)
+        layers = [nn.Linear(latent_dim, math.prod(shape)), nn.Unflatten(1, shape)]
+        layers += [ResBlock(2, widths[-1], widths[-1])]
+        for c_in, c_out in zip(widths[::-1], widths[-2::-1]):
+            layers += [nn.Upsample(scale_factor=2), ResBlock(2, c_in, c_out)]
+        layers += [nn.Upsample(scale_factor=2), group_norm(widths[0]), nn.SiLU()]
+        super().__init__(*layers, nn.Conv2d(widths[0], channels, 5, padding=2))
+
+
+def mlp(*widths):
+    """Linear layers of these widths with SiLU between them."""
+    layers = [layer for w in zip(widths, widths[1:]) for layer in (nn.Linear(*w), nn.SiLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+# ---- 6  The multimodal ELBO (Eqs. 3 to 5) --------------------------------------------------------
+
+
+def bernoulli(logits):
+    """The likelihood of masks and attributes."""
+    return Bernoulli(logits=logits)
+
+
+class CalibratedGaussian(nn.Module):
+    """mean -> N(mean, σ²) with one learned σ: a fair feed-forward baseline (Rybkin et al. 2021)."""
+
+    def __init__(self):
+        super().__init__()
+        self.logvar = nn.Parameter(torch.zeros(()))
+
+    def forward(self, mean):
+        return Normal(mean, (0.5 * self.logvar).exp())
+
+
+class FeedForward(nn.Module):
+    """p(x|z) by one pass. net: z -> parameters; likelihood: parameters -> a torch distribution."""
+
+    every_subset = True
+
+    def __init__(self, net, likelihood):
+        super().__init__()
+        self.net, self.likelihood = net, likelihood
+
+    def log_prob(self, x, z):
+        """log p(x|z) in nats, summed over dimensions: (B, ...), (B, D) -> (B,)."""
+        return self.likelihood(in_bf16(self.net, z)).log_prob(x).view(len(z), -1).sum(1)
+
+    @torch.no_grad()
+    def sample(self, z):
+        """The mean of p(x|z), (B, ...); of binary x the probability, which F1 (§4.2) thresholds.
+
+        What varies is in z; sampling p(x|z) would only lay independent noise on every pixel.
+        """
+        return self.likelihood(in_bf16(self.net, z)).mean
+
+
+@dataclass
+class ELBO:
+    """The terms of Eq. 5 for each example, in nats, averaged over the subsets."""
+
+    log_prob: dict  # {modality: (B,)}, log p(x_i|z), or its bound where the decoder is a diffusion
+    kl: torch.Tensor  # (B,), KL(q(z|x_A) ‖ p(z))
+    beta: float  # 1 for the bound
+    weights: dict  # {modality: w_i}, 1 where missing, and everywhere for the bound
+
+    @property
+    def total(self):
+        """Σ_i w_i log p(x_i|z) − β KL, (B,)."""
+        terms = (self.weights.get(name, 1) * term for name, term in self.log_prob.items())
+        return sum(terms) - self.beta * self.kl
+
+    def terms(self, name="ELBO"):
+        """{name: total, each modality, "KL"}, all (B,); give a surrogate another name."""
+        return {name: self.total, **self.log_prob, "KL": self.kl}
+
+
+class DiffMVAE(nn.Module):
+    """The multimodal VAE of §3.2: {name: encoder}, {name: decoder} -> Eq. 5, any-to-any generation.
+
+    An encoder maps x_i to (mu, logvar), each (B, D). A decoder has log_prob(x_i, z) -> (B,), nats,
+    sample(z) -> x_i, and every_subset = True if it is cheap enough to decode all subsets in a step.
+    prior_expert multiplies p(z) into every product, as MVAE does (§2) and §3.3 does not. weights,
+    {name: w_i}, scale the reconstructions, as in MoPoE; the bound has 1 everywhere.
+    """
+
+    def __init__(self, encoders, decoders, family="mopoe", beta=1.0, weights=None,
+                 prior_expert=False):
+        super().__init__()
+        self.encoders, self.decoders = nn.ModuleDict(encoders), nn.ModuleDict(decoders)
+        self.register_buffer("subsets", subsets(len(encoders), family), persistent=False)  # (S, M)
+        self.beta, self.weights, self.prior_expert = beta, weights or {}, prior_expert
+
+    def experts(self, x):
+        """q(z|x_i) for each modality in x, a dict: mu, logvar, each (B, M, D)."""
+        if unknown := x.keys() - self.encoders.keys():
+            raise ValueError(f"no encoder for {sorted(unknown)}: there are {list(self.encoders)}")
+        pairs = [in_bf16(encoder, x[name]) for name, encoder in self.encoders.items() if name in x]
+        return (torch.stack(parameter, dim=1) for parameter in zip(*pairs))
+
+    def fuse(self, mu, logvar, present):
+        """q(z|x_A) ∝ ∏_{i∈A} q(z|x_i), with p(z) if prior_expert: (..., M, D) -> (..., D)."""
+        if self.prior_expert:  # one more expert, μ = 0 and log σ² = 0
+            mu, logvar = F.pad(mu, (0, 0, 0, 1)), F.pad(logvar, (0, 0, 0, 1))
+            present = F.pad(present, (0, 1), value=True)
+        return product_of_experts(mu, logvar, present)
+
+    def posterior(self, x):
+        """q(z|x_o) given the observed modalities x, a dict (§3.3): mu, logvar, each (B, D)."""
+        if not x:
+            raise ValueError("nothing is observed: give at least one modality, or sample the prior")
+        mu, logvar = self.experts(x)  # (B, |o|, D)
+        return self.fuse(mu, logvar, mu.new_ones(mu.shape[:2], dtype=torch.bool))
+
+    def reconstruction(self, decoder, x, z):
+        """An unbiased estimate of Σ_A ω_A E log p(x|z_A), z: (B, S, D) -> (B,).
+
+        Cheap decoders decode every subset; the others one, drawn uniformly for each example.
+        """
+        batch, size, _ = z.shape
+        if getattr(decoder, "every_subset", False):
+            x = x.repeat_interleave(size, dim=0)  # (B S, ...)
+            return decoder.log_prob(x, z.flatten(0, 1)).view(batch, size).mean(1)
+        drawn = (size * stratified(batch, z.device)).long().clamp(max=size - 1)  # (B,)
+        return decoder.log_prob(x, z[torch.arange(batch, device=z.device), drawn])
+
+    def elbo(self, x, A=None):
+        """Eq. 5 for x, a dict of all modalities: each decoder runs once, the KL is summed exactly.
+
+        A: (M,) bool takes this subset alone in place of the family.
+        """
+        if A is not None and not (A.any() or self.prior_expert):
+            raise ValueError("A is empty: only the prior expert allows a subset of nothing")
+        family = self.subsets if A is None else A[None]  # (S, M)
+        mu, logvar = self.experts(x)  # (B, M, D)
+        mu, logvar = self.fuse(mu[:, None], logvar[:, None], family)  # (B, S, D)
+        kl = kl_divergence(mu, logvar).mean(1)  # (B,)  Σ_A ω_A KL(q(z|x_A) ‖ p(z))
+        z = sample_gaussian(mu, logvar)  # (B, S, D)
+        log_prob = {name: self.reconstruction(d, x[name], z) for name, d in self.decoders.items()}
+        return ELBO(log_prob, kl, self.beta, self.weights)
+
+    def full_elbo(self, x):
+        """Eq. 5 with every decoder run for every subset: no draw of subsets, for evaluation."""
+        each = [self.elbo(x, A) for A in self.subsets]
+        mean = lambda terms: torch.stack(list(terms)).mean(0)
+        log_prob = {name: mean(e.log_prob[name] for e in each) for name in self.decoders}
+        return ELBO(log_prob, mean(e.kl for e in each), self.beta, self.weights)
+
+    def decode(self, z):
+        """A sample of every modality, {name: (B, ...)}; z may come from a posterior or a prior."""
+        return {name: decoder.sample(z) for name, decoder in self.decoders.items()}
+
+
+# ---- 7  Latent prior (§3.4) ----------------------------------------------------------------------
+
+
+class LatentPrior(Diffusion):
+    """ε-matching (Eq. 1) on z_0 ~ q(z|x) = ∏_i q(z|x_i): where unconditional z come from.
+
+    shape: how the D latents are laid out for net, (1, 16, 16) for CelebA and (1, 768) for CUB.
+    Deviation: z is standardised; otherwise its scale would not fit the fixed noise schedule.
+    """
+
+    def __init__(self, net, shape):
+        super().__init__(net, shape, weighting="simple")
+        self.register_buffer("mean", torch.zeros(math.prod(shape)))
+        self.register_buffer("std", torch.ones(math.prod(shape)))
+
+    def standardise(self, mu, logvar):
+        """Take mean and deviation of z ~ q(z|x) from a training set, mu, logvar: (N, D)."""
+        self.mean.copy_(mu.mean(0))
+        self.std.copy_((mu.var(0, correction=0) + logvar.exp().mean(0)).sqrt())
+
+    def log_prob(self, z):
+        """The surrogate −½ E‖ε − ε̂‖² of Eq. 1 in standardised space: (B, D) -> (B,)."""
+        return super().log_prob(((z - self.mean) / self.std).view(-1, *self.shape))
+
+    def sample(self, n, **options):
+        """n latents, (n, D). options: as in Diffusion.sample."""
+        return super().sample(n=n, **options).flatten(1) * self.std + self.mean
+
+
+# ---- 8  Training ---------------------------------------------------------------------------------
+
+
+STAGES = ("model", "prior")
+WARMUP, CLIP = 100, 1.0  # steps over which the learning rate rises; largest norm of the gradient
+
+
+class InputError(ValueError):
+    """Something the user can mend; the message names it and the cure."""
+
+
+def option(drawn, help, real=None, **flag):
+    """A field of Options: its default for drawn data and, where that differs, for real data."""
+    defaults = dict(drawn=drawn, real=drawn if real is None else real)
+    return field(default=None, metadata=defaults | dict(help=help, flag=flag))
+
+
+@dataclass
+class Options:
+    """Settings that are also a command line: each field, made by option, is a flag.
+
+    A field left None takes its default. Scripts add their own fields and give these their defaults.
+    """
+
+    data: str = option("", "folder of the real data; without it data are drawn")
+    out: str = option("runs", "folder for checkpoints, numbers and pictures")
+    steps: int = option(1000, "training steps of Diff-MVAE")
+    prior_steps: int = option(1000, "training steps of the latent prior")
+    batch_size: int = option(16, "examples in a step")
+    ema: float = option(0.995, "decay of the averaged weights", real=0.9999)
+    seed: int = option(0, "of all randomness")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+
+    def __post_init__(self):
+        for f in fields(self):
+            if getattr(self, f.name) is None:
+                setattr(self, f.name, f.metadata["real" if self.data else "drawn"])
+
+    @classmethod
+    def parse(cls, description):
+        """Read the command line."""
+        layout = argparse.RawDescriptionHelpFormatter
+        parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+        for f in fields(cls):
+            drawn, real = f.metadata["drawn"], f.metadata["real"]
+            default = f"{drawn}" if drawn == real else f"{drawn} drawn, {real} real"
+            note = "" if drawn in (None, "") else f" (default: {default})"
+            flag = "--" + f.name.replace("_", "-")
+            note = f.metadata["help"] + note
+            parser.add_argument(flag, type=f.type, help=note, **f.metadata["flag"])
+        return cls(**vars(parser.parse_args()))
+
+    def shared(self, stage):
+        """What a checkpoint and a run that goes on from it must have in common."""
+        free = {"out", "device", "prior_steps"} | ({"steps"} if stage == "model" else set())
+        fixed = {k: v for k, v in asdict(self).items() if k not in free}
+        return fixed | {"data": Path(self.data).name}
+
+
+def save_checkpoint(path, state):
+    """Write beside, then rename: path holds the old state or the new one, never half of it."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def restore(path, settings, parts, device):
+    """Load {name: part} from a checkpoint of the same settings; return its step and seconds."""
+    state = torch.load(path, device, weights_only=True)
+    was = state["settings"]
+    if differ := [k for k in was | settings if was.get(k) != settings.get(k)]:
+        changes = ", ".join(f"{k} was {was.get(k)!r} and is {settings.get(k)!r}" for k in differ)
+        raise InputError(f"{path} has other settings ({changes}): restore them or change --out")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"], state["seconds"]
+
+
+@contextmanager
+def interruptible():
+    """A list that Ctrl-C fills, so that the step under way is finished instead of torn in two."""
+    pressed = []
+    previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def readings(named, step):
+    """{name: float} of the means, or a FloatingPointError that names the terms that broke."""
+    values = dict(zip(named, torch.stack(list(named.values())).tolist()))
+    if broken := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise FloatingPointError(
+            f"{', '.join(broken)} not finite before step {step}: the last checkpoint is kept; "
+            "lower the learning rate or look at the data"
+        )
+    return values
+
+
+def seed_at(seed, stage, step):
+    """One well-mixed seed for each step of each stage."""
+    return int(np.random.SeedSequence((seed, STAGES.index(stage), step)).generate_state(1)[0])
+
+
+def fit(model, terms, num_examples, stage, options, rates, preview=None):
+    """Train model with Adam; return its moving average, the model from then on, and the seconds.
+
+    terms(indices) -> {name: (B,)}, named terms for a batch: the first is maximised, all are shown.
+    stage: "model" or "prior", which names the checkpoint. rates: [(module, learning rate), ...].
+    Where there is a checkpoint, training goes on and ends as if never interrupted: each step draws
+    all its randomness, the batch included, from (seed, stage, step). preview(averaged) follows
+    every checkpoint.
+    """
+    path, settings = Path(options.out) / f"{stage}.pt", options.shared(stage)
+    steps = options.steps if stage == "model" else options.prior_steps
+    interval, size = max(500, steps // 100), options.batch_size
+    path.parent.mkdir(parents=True, exist_ok=True)
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
+    optimizer = torch.optim.Adam(groups, fused=True)
+    parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
+    step, seconds = restore(path, settings, parts, options.device) if path.exists() else (0, 0.0)
+    weights, averages = list(model.parameters()), list(averaged.parameters())
+    progress = tqdm(desc=stage, total=steps, initial=step, unit=" images", unit_scale=size)
+    with interruptible() as stop, progress as bar:
+        started = time.monotonic() - seconds
+        while step < steps:
+            torch.manual_seed(seed_at(options.seed, stage, step))
+            indices = torch.randint(num_examples, (size,), device=options.device)
+            named = {name: term.mean() for name, term in terms(indices).items()}
+            optimizer.zero_grad()
+            (-next(iter(named.values()))).backward()
+            nn.utils.clip_grad_norm_(weights, CLIP)
+            for group, (_, rate) in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * min(1, (step + 1) / WARMUP)
+            optimizer.step()
+            torch._foreach_lerp_(averages, weights, 1 - min(options.ema, (1 + step) / (10 + step)))
+            step += 1
+            bar.update()
+            due = stop or step == steps or step % interval == 0
+            if due or step % 20 == 0:
+                bar.set_postfix({k: f"{v:.4g}" for k, v in readings(named, step).items()})
+            if due:
+                seconds = time.monotonic() - started
+                state = {"step": step, "seconds": seconds, "settings": settings}
+                states = {name: part.state_dict() for name, part in parts.items()}
+                save_checkpoint(path, state | states)
+            if stop:
+                raise SystemExit(f"\nstopped after step {step}, saved in {path}: run it again")
+            if due and preview:
+                preview(averaged)
+                started = time.monotonic() - seconds
+    return averaged, seconds
+
+
+# ---- 9  Measures and pictures (§4) ---------------------------------------------------------------
+
+
+def f1_score(predicted, actual):
+    """Sample-average F1 (§4.2): 2 TP / (2 TP + FP + FN) of each example, 0 where both are empty.
+
+    predicted, actual: (N, ...) bool, or probabilities, which are thresholded at ½.
+    """
+    predicted, actual = ((x > 0.5).flatten(1) for x in (predicted, actual))
+    both, total = (predicted & actual).sum(1), predicted.sum(1) + actual.sum(1)
+    return (2 * both / total.clamp(min=1)).mean().item()
+
+
+def frechet_distance(a, b):
+    """‖m_a − m_b‖² + tr(C_a + C_b − 2 (C_a C_b)^½) for features (N, d); FID on Inception's."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # eigenvalues are ≥ 0
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
+    return distance.item()
+
+
+def best_constant_f1(train, test):
+    """F1 on test of the best prediction that ignores the input: a thresholded mean over train."""
+    mean, thresholds = train.float().mean(0), torch.linspace(0.05, 0.95, 19)
+    return max(f1_score((mean >= p).expand(test.shape), test) for p in thresholds)
+
+
+def bits_per_dim(log_prob, dims):
+    """log p(x) in nats of 8-bit data in [−1, 1], where a grey level is 1/127.5, as bits per dim."""
+    return -log_prob / (dims * math.log(2)) + math.log2(127.5)
+
+
+def save_grid(path, rows):
+    """A PNG of labelled rows, {label: (n, 1 or 3, H, W) in [−1, 1]}, small pictures enlarged."""
+    font = ImageFont.load_default(14)
+    margin = 12 + max(int(font.getlength(label)) for label in rows)
+    zoom = max(1, 64 // next(iter(rows.values())).shape[-1])
+    step = [side * zoom + 2 for side in next(iter(rows.values())).shape[-2:]]  # of rows and columns
+    columns = max(map(len, rows.values()))
+    sheet = Image.new("RGB", (margin + columns * step[1], len(rows) * step[0]), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (label, pictures) in enumerate(rows.items()):
+        draw.text((6, (i + 0.5) * step[0]), label, "black", font, anchor="lm")
+        pixels = (pictures.float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu()
+        for j, picture in enumerate(pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
+            tile = Image.fromarray(picture)
+            tile = tile.resize((step[1] - 2, step[0] - 2), Image.Resampling.NEAREST)
+            sheet.paste(tile, (margin + j * step[1], i * step[0]))
+    sheet.save(path)
+
+
+@torch.no_grad()
+def in_batches(f, data, label, size=250):
+    """f on pieces of {name: (N, ...)}; each of the several tensors it returns is concatenated."""
+    pieces = list(zip(*(x.split(size) for x in data.values())))
+    results = [f(dict(zip(data, piece))) for piece in tqdm(pieces, label, leave=False)]
+    return [torch.cat(parts) for parts in zip(*results)]
+
+
+def save_results(options, results):
+    """Write results, the settings and the machine to results.json in the folder options.out."""
+    cuda = options.device.startswith("cuda")
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    images = options.steps * options.batch_size
+    path = Path(options.out) / "results.json"
+    record = {
+        "settings": asdict(options),
+        "device": torch.cuda.get_device_name() if cuda else cpu,
+        "peak memory, GiB": (torch.cuda.max_memory_allocated() if cuda else resident) / 2**30,
+        "images trained per second": images / results["seconds"]["model"],
+    }
+    path.write_text(json.dumps(record | results, indent=1))
+    print(f"\nNumbers are in {path}, pictures in {path.with_name('samples.png')}.")
+
+
+def main(run, options, description):
+    """A script's entry: run on the command line's options; an InputError is a line, status 2."""
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    try:
+        run(options.parse(description))
+    except InputError as problem:
+        print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1072 @@
+"""The mathematics of diffmvae.py against independent truths, and the scripts as a user runs them.
+
+Grids, quadrature, recursions and closed forms stand on one side, the module on the other. Where a
+quadratic function of a standard normal is averaged, two points ±1 a dimension are exact, not sampled.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from decimal import Decimal, getcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
+
+import diffmvae as dm
+import train_celeba as celeba
+
+settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("ci")
+torch.set_default_dtype(torch.float32)
+ROOT = Path(__file__).parent
+seeds, moderate = st.integers(0, 2**31), st.floats(-3, 3)
+
+
+def gaussians(seed, *shape, dtype=torch.float64):
+    """mu, logvar of the given shape."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(*shape, generator=g, dtype=dtype)
+    return 1.5 * draw(), draw()
+
+
+# ---- 1  Gaussian algebra ----------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(1, 4))
+def test_product_is_the_normalised_product_of_densities(seed, m):
+    mu, logvar = gaussians(seed, m, 1)
+    z = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
+    log_density = Normal(mu, (logvar / 2).exp()).log_prob(z).sum(0)
+    p = log_density.softmax(0)
+    mean = (p * z).sum()
+    fused_mu, fused_logvar = dm.product_of_experts(mu, logvar)
+    assert fused_mu.item() == pytest.approx(mean.item(), abs=1e-6)
+    assert fused_logvar.exp().item() == pytest.approx((p * (z - mean) ** 2).sum().item(), rel=1e-5)
+
+
+@given(seeds)
+def test_product_ignores_order_and_grouping(seed):
+    mu, logvar = gaussians(seed, 2, 4, 3)
+    whole = dm.product_of_experts(mu, logvar)
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
+    shuffled = dm.product_of_experts(mu[:, order], logvar[:, order])
+    halves = [dm.product_of_experts(mu[:, i], logvar[:, i]) for i in (slice(0, 1), slice(1, 4))]
+    grouped = dm.product_of_experts(*(torch.stack(x, dim=1) for x in zip(*halves)))
+    for other in (shuffled, grouped):
+        torch.testing.assert_close(other, whole)
+
+
+@given(seeds)
+def test_product_with_masks_is_the_product_of_those_present(seed):
+    mu, logvar = gaussians(seed, 7, 3, 5)
+    present = dm.subsets(3)
+    fused = dm.product_of_experts(mu, logvar, present)
+    mu_absent = torch.where(present[..., None], mu, torch.nan)  # what is absent is never looked at
+    torch.testing.assert_close(dm.product_of_experts(mu_absent, logvar, present), fused)
+    flat = logvar.masked_fill(~present[..., None], torch.inf)  # an expert that knows nothing
+    torch.testing.assert_close(dm.product_of_experts(mu, flat), fused)
+    for i, mask in enumerate(present):
+        alone = dm.product_of_experts(mu[i, mask], logvar[i, mask])
+        torch.testing.assert_close((fused[0][i], fused[1][i]), alone)
+    every = dm.product_of_experts(mu[:, None], logvar[:, None], present)  # (7, 1, 3, 5) and (7, 3)
+    torch.testing.assert_close(every[0].diagonal(dim1=0, dim2=1).T, fused[0])
+
+
+@given(st.lists(st.tuples(moderate, st.floats(-700, 700)), min_size=1, max_size=4))
+def test_product_is_exact_at_extreme_log_variances(experts):
+    getcontext().prec = 50
+    mu, logvar = (torch.tensor(x, dtype=torch.float32)[:, None] for x in zip(*experts))
+    precision = [(-Decimal(v)).exp() for v in logvar[:, 0].tolist()]
+    mean = sum(p * Decimal(m) for p, m in zip(precision, mu[:, 0].tolist())) / sum(precision)
+    fused_mu, fused_logvar = dm.product_of_experts(mu, logvar)
+    assert fused_mu.item() == pytest.approx(float(mean), abs=2e-6)
+    assert fused_logvar.item() == pytest.approx(float(-sum(precision).ln()), rel=1e-6, abs=1e-6)
+
+
+def test_product_of_nobody_is_loud():
+    mu, logvar = dm.product_of_experts(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.zeros(1, 2).bool())
+    assert mu.isnan().all() and logvar.isinf().all()
+
+
+@given(seeds)
+def test_kl_agrees_with_torch_and_with_sampling(seed):
+    (mu, logvar), (mu_p, logvar_p) = gaussians(seed, 6, 4), gaussians(seed + 1, 6, 4)
+    q, p = Normal(mu, (logvar / 2).exp()), Normal(mu_p, (logvar_p / 2).exp())
+    torch.testing.assert_close(dm.kl_divergence(mu, logvar, mu_p, logvar_p), kl_divergence(q, p).sum(-1))
+    standard = Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    torch.testing.assert_close(dm.kl_divergence(mu, logvar), kl_divergence(q, standard).sum(-1))
+
+
+def test_kl_is_the_mean_log_ratio():
+    torch.manual_seed(0)
+    mu, logvar = gaussians(3, 4)
+    z = dm.sample_gaussian(*(x.expand(400_000, 4) for x in (mu, logvar)))
+    q, p = Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)
+    ratio = (q.log_prob(z) - p.log_prob(z)).sum(-1)
+    error = 5 * ratio.std() / len(z) ** 0.5
+    assert abs(ratio.mean() - dm.kl_divergence(mu, logvar)) < error
+
+
+@given(st.floats(-1e-3, 1e-3))
+def test_kl_never_rounds_below_zero(logvar):
+    assert dm.kl_divergence(torch.zeros(1), torch.tensor([logvar])) >= 0
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 5])
+def test_subset_families(m):
+    as_sets = lambda masks: [frozenset(i for i in range(m) if row[i]) for row in masks.tolist()]
+    singles = [frozenset({i}) for i in range(m)]
+    powerset = [frozenset(c) for k in range(1, m + 1) for c in itertools.combinations(range(m), k)]
+    assert sorted(as_sets(dm.subsets(m)), key=sorted) == sorted(powerset, key=sorted)
+    assert as_sets(dm.subsets(m, "mvae")) == [frozenset(range(m))]
+    assert sorted(as_sets(dm.subsets(m, "mmvae")), key=sorted) == singles
+    with pytest.raises(ValueError, match="mopoe, mvae, mmvae"):
+        dm.subsets(m, "poe")
+
+
+def test_sample_gaussian_has_its_mean_and_variance():
+    torch.manual_seed(0)
+    mu, logvar = torch.tensor([-2.0, 0.5]), torch.tensor([-2.0, 1.5])
+    z = dm.sample_gaussian(mu.expand(200_000, 2), logvar.expand(200_000, 2))
+    torch.testing.assert_close(z.mean(0), mu, atol=0.03, rtol=0)
+    torch.testing.assert_close(z.var(0), logvar.exp(), rtol=0.02, atol=0)
+
+
+# ---- 2  Forward SDE ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sde", [dm.VPSDE(), dm.VPSDE(beta_max=2.0), dm.VPSDE(0.5, 8.0)])
+def test_marginals_solve_the_sde(sde):
+    """dm/dt = −½ β m and dV/dt = β (1 − V), integrated with the midpoint rule."""
+    n, mean, var = 20_000, 1.0, 0.0
+    for i in range(n):
+        t = torch.tensor((i + 0.5) / n, dtype=torch.float64)
+        beta, h = sde.g2(t).item(), 1 / n
+        mean += -0.5 * beta * (mean - 0.25 * h * beta * mean) * h
+        var += beta * (1 - (var + 0.5 * h * beta * (1 - var))) * h
+        if i + 1 in (n // 100, n // 3, n):
+            t = torch.tensor((i + 1) / n, dtype=torch.float64)
+            assert sde.alpha(t).item() == pytest.approx(mean, rel=1e-6)
+            assert sde.sigma(t).item() ** 2 == pytest.approx(var, rel=1e-6)
+
+
+@pytest.mark.parametrize("sde", [dm.VPSDE(), dm.VPSDE(beta_max=2.0)])
+def test_log_snr(sde):
+    t = torch.linspace(1e-4, 1, 1001, dtype=torch.float64, requires_grad=True)
+    ell = sde.log_snr(t)
+    torch.testing.assert_close(ell, (sde.alpha(t) ** 2 / sde.sigma(t) ** 2).log())
+    (slope,) = torch.autograd.grad(ell.sum(), t)
+    torch.testing.assert_close(-slope, sde.g2(t) / sde.sigma(t) ** 2)  # what makes λ = g² uniform in ℓ
+    assert sde.log_snr_ends() == pytest.approx([ell[-1].item(), ell[0].item()])
+
+
+@given(st.floats(1e-6, 1))
+def test_time_at_inverts_log_snr_in_float32(t):
+    sde, t = dm.VPSDE(), torch.tensor(t)
+    torch.testing.assert_close(sde.time_at(sde.log_snr(t)), t, rtol=3e-6, atol=0)
+
+
+# ---- 3  Samplers ------------------------------------------------------------------------------------
+
+
+def exact_eps(m, s2, sde):
+    """The denoiser of data N(m, s²): σ (x_t − α m) / (α² s² + σ²), as eps_model(x_t, t)."""
+    return lambda x, t: sde.sigma(t) * (x - sde.alpha(t) * m) / (sde.alpha(t) ** 2 * s2 + sde.sigma(t) ** 2)
+
+
+def schedule(sde, t):
+    """α(t), σ(t) as floats."""
+    t = torch.tensor(t, dtype=torch.float64)
+    return sde.alpha(t).item(), sde.sigma(t).item()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 50])
+@pytest.mark.parametrize("m, s2", [(0.7, 0.3), (-1.0, 2.0)])
+def test_ddim_follows_its_recursion(steps, m, s2):
+    sde, calls = dm.VPSDE(), []
+    eps = exact_eps(m, s2, sde)
+    x1 = torch.tensor([[-1.5], [0.2], [2.0]], dtype=torch.float64)
+    out = dm.ddim(lambda x, t: calls.append(float(t)) or eps(x, t), x1, sde, steps)
+    times = [1.0] if steps == 1 else [1 + (sde.t_min - 1) * i / (steps - 1) for i in range(steps)]
+    assert calls == pytest.approx(times)
+    K, points = 1.0, [schedule(sde, t) for t in times] + [(1.0, 0.0)]
+    for (a, s), (a_next, s_next) in zip(points, points[1:]):
+        K *= (a * a_next * s2 + s * s_next) / (a * a * s2 + s * s)
+    torch.testing.assert_close(out, m + K * (x1 - points[0][0] * m), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 50])
+def test_euler_maruyama_follows_its_recursion(steps):
+    torch.manual_seed(0)
+    m, s2, sde, calls = 0.7, 0.3, dm.VPSDE(), []
+    eps, n = exact_eps(m, s2, sde), 400_000
+    record = lambda x, t: calls.append(float(t)) or eps(x, t)
+    out = dm.euler_maruyama(record, torch.randn(n, dtype=torch.float64), sde, steps)
+    ends = sde.log_snr_ends()
+    ells = [ends[0] + (ends[1] - ends[0]) * i / (steps - 1) for i in range(steps)]
+    times = [sde.time_at(torch.tensor(ell, dtype=torch.float64)).item() for ell in ells]
+    assert calls == pytest.approx(times, rel=1e-4)
+    M, V = 0.0, 1.0
+    for t, u in zip(times, times[1:]):
+        (a, s), h, beta = schedule(sde, t), t - u, sde.g2(t)
+        v = a * a * s2 + s * s
+        f = 1 + h * beta * (0.5 - 1 / v)
+        M, V = f * M + h * beta * a * m / v, f * f * V + h * beta
+    a, s = schedule(sde, times[-1])
+    k = a * s2 / (a * a * s2 + s * s)
+    M, V = m + k * (M - a * m), k * k * V
+    assert out.mean().item() == pytest.approx(M, abs=5 * (V / n) ** 0.5 + 1e-4)
+    assert out.var().item() == pytest.approx(V, rel=5 * (2 / n) ** 0.5 + 1e-3)
+
+
+@pytest.mark.parametrize("sampler", [dm.ddim, dm.euler_maruyama])
+def test_more_steps_bring_the_right_spread(sampler):
+    torch.manual_seed(0)
+    sde, x1 = dm.VPSDE(), torch.randn(200_000, dtype=torch.float64)
+    spread = lambda steps: sampler(exact_eps(0.0, 0.25, sde), x1, sde, steps).std().item()
+    errors = [abs(spread(steps) - 0.5) for steps in (5, 20, 200)]
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 0.01
+
+
+@pytest.mark.parametrize("sampler", [dm.ddim, dm.euler_maruyama])
+def test_samplers_give_each_mode_its_share(sampler):
+    """¼ N(−2, 0.1²) + ¾ N(1, 0.2²)."""
+    sde = dm.VPSDE()
+    weight, mean, var = torch.tensor([0.25, 0.75]), torch.tensor([-2.0, 1.0]), torch.tensor([0.01, 0.04])
+
+    def eps(x, t):
+        a, s = sde.alpha(t), sde.sigma(t)
+        v = a**2 * var + s**2
+        log_share = weight.log() - 0.5 * v.log() - 0.5 * (x[:, None] - a * mean) ** 2 / v
+        return s * (log_share.softmax(1) * (x[:, None] - a * mean) / v).sum(1)
+
+    torch.manual_seed(0)
+    x = sampler(eps, torch.randn(20_000), sde, 200)
+    left = x < -0.5
+    assert left.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert x[left].mean().item() == pytest.approx(-2, abs=0.02)
+    assert x[~left].std().item() == pytest.approx(0.2, abs=0.02)
+
+
+# ---- 4  The score-matching bound --------------------------------------------------------------------
+
+
+class Denoiser(nn.Module):
+    """The net whose v makes Diffusion predict eps(x_t, z, ℓ), a function given in closed form."""
+
+    def __init__(self, eps, sde):
+        super().__init__()
+        self.eps, self.sde = eps, sde
+
+    def forward(self, x_t, log_snr, z=None):
+        ell = log_snr.view(-1, *[1] * (x_t.ndim - 1))
+        alpha, sigma = ell.sigmoid().sqrt(), (-ell).sigmoid().sqrt()
+        return (self.eps(x_t, z, alpha, sigma) - sigma * x_t) / alpha
+
+
+def diffusion(eps, d, sde, weighting="likelihood"):
+    return dm.Diffusion(Denoiser(eps, sde), (d,), sde, weighting)
+
+
+def gaussian_eps(m, s2):
+    return lambda x, z, alpha, sigma: sigma * (x - alpha * m) / (alpha**2 * s2 + sigma**2)
+
+
+def exact_bound(model, x):
+    """E log_prob for x: (d,), the integral by 1,024 midpoints in ℓ, E over ε by ±1 in each dimension.
+
+    The error of a linear denoiser is quadratic in ε and separate in each dimension: both are exact.
+    """
+    ends, n = model.sde.log_snr_ends(), 1024
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    t = model.sde.time_at(ends[0] + (ends[1] - ends[0]) * u).repeat(2)
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(n)
+    eps = sign[:, None].expand(2 * n, len(x))
+    return model.log_prob(x.expand(2 * n, -1), None, t, eps).mean().item()
+
+
+def closed_form(x, m, s2, sde):
+    """The bound at x for the exact denoiser of N(m, s²), derived by hand for any schedule."""
+    ell_1, ell_0 = sde.log_snr_ends()
+    a2, s1 = 1 / (1 + math.exp(-ell_1)), 1 / (1 + math.exp(ell_1))
+    tail = lambda r: math.log(1 + r * s2) + (1 - (x - m) ** 2 / s2) / (1 + r * s2)
+    prior = -0.5 * (a2 * x * x + s1 - 1 - math.log(s1))
+    reconstruction = -0.5 * (1 + math.log(2 * math.pi) - ell_0)
+    return prior + reconstruction - 0.5 * (tail(math.exp(ell_0)) - tail(math.exp(ell_1)))
+
+
+SDES = [dm.VPSDE(), dm.VPSDE(beta_max=2.0), dm.VPSDE(0.3, 6.0, 1e-2)]
+
+
+@pytest.mark.parametrize("sde", SDES)
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=3), moderate, st.floats(0.05, 4))
+def test_bound_of_the_exact_denoiser_has_its_closed_form(sde, x, m, s2):
+    model = diffusion(gaussian_eps(m, s2), len(x), sde)
+    expected = sum(closed_form(value, m, s2, sde) for value in x)
+    got = exact_bound(model, torch.tensor(x, dtype=torch.float64))
+    assert got == pytest.approx(expected, rel=1e-4, abs=2e-4)
+
+
+@pytest.mark.parametrize("m, s2", [(0.0, 1.0), (0.6, 0.2)])
+def test_bound_of_the_exact_denoiser_is_the_log_density(m, s2):
+    model = diffusion(gaussian_eps(m, s2), 1, dm.VPSDE(t_min=1e-6))
+    for x in (-1.0, 0.3, 2.0):
+        density = Normal(m, s2**0.5).log_prob(torch.tensor(x)).item()
+        assert exact_bound(model, torch.tensor([x], dtype=torch.float64)) == pytest.approx(density, abs=5e-3)
+
+
+@pytest.mark.parametrize("sde", [dm.VPSDE(), dm.VPSDE(beta_max=2.0)])
+@given(seeds, st.floats(-1, 1), st.floats(0.1, 2), st.floats(0.02, 0.1))
+@settings(max_examples=10)
+def test_bound_stays_below_the_density_of_the_reverse_sde(sde, seed, m, s2, size):
+    """ε̂ = a(t) x_t + c(t) keeps the model Gaussian: its mean and variance follow two ODEs in ℓ (RK4)."""
+    p = size * np.random.default_rng(seed).standard_normal(4)
+
+    def coefficients(alpha, sigma):
+        a = sigma / (alpha**2 * s2 + sigma**2)
+        return a + sigma * (p[0] + p[1] * alpha), -a * alpha * m + sigma * (p[2] + p[3] * alpha)
+
+    def slope(ell, state):
+        alpha2, sigma2 = 1 / (1 + math.exp(-ell)), 1 / (1 + math.exp(ell))
+        a, c = coefficients(alpha2**0.5, sigma2**0.5)
+        mean, var = state
+        s = sigma2**0.5
+        return np.array([(0.5 * sigma2 - s * a) * mean - s * c, (sigma2 - 2 * s * a) * var + sigma2])
+
+    (ell, end), state = sde.log_snr_ends(), np.array([0.0, 1.0])
+    h = (end - ell) / 500
+    for _ in range(500):
+        k1 = slope(ell, state)
+        k2 = slope(ell + h / 2, state + h / 2 * k1)
+        k3 = slope(ell + h / 2, state + h / 2 * k2)
+        k4 = slope(ell + h, state + h * k3)
+        state, ell = state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), ell + h
+    alpha2, sigma2 = 1 / (1 + math.exp(-end)), 1 / (1 + math.exp(end))
+    density = Normal(state[0] / alpha2**0.5, ((state[1] + sigma2) / alpha2) ** 0.5)
+
+    def eps(x, z, alpha, sigma):
+        a, c = coefficients(alpha, sigma)
+        return a * x + c
+
+    model = diffusion(eps, 1, sde)
+    for k in (-2, -0.7, 0, 0.7, 2):
+        x = torch.tensor([density.mean + k * density.stddev], dtype=torch.float64)
+        assert exact_bound(model, x) <= density.log_prob(x).item() + 1e-6
+
+
+@pytest.mark.parametrize("weighting", ["likelihood", "simple"])
+def test_drawn_times_and_noise_give_the_same_expectation(weighting):
+    torch.manual_seed(0)
+    m, s2, sde, n = 0.4, 0.5, dm.VPSDE(), 200_000
+    model, x = diffusion(gaussian_eps(m, s2), 2, sde, weighting), torch.tensor([0.9, -0.3])
+    drawn = model.log_prob(x.double().expand(n, 2))
+    if weighting == "likelihood":
+        expected = sum(closed_form(value, m, s2, sde) for value in x.tolist())
+    else:  # −½ E‖ε − ε̂‖², t uniform on [t_min, 1], by midpoints; ε − ε̂ is linear in ε
+        t = sde.t_min + (1 - sde.t_min) * (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+        a, s = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
+        v = a**2 * s2 + s**2
+        error = (a**2 * s2 / v) ** 2 + (s * a * (x.double() - m) / v) ** 2
+        expected = -0.5 * error.sum(1).mean().item()
+    assert drawn.mean().item() == pytest.approx(expected, abs=5 * drawn.std().item() / n**0.5)
+
+
+def test_error_is_the_squared_distance_at_the_noised_point():
+    sde, torch_seed = dm.VPSDE(), torch.manual_seed(0)
+    x, eps, t = torch.randn(5, 3, 4, 4), torch.randn(5, 3, 4, 4), torch.rand(5) * 0.9 + 0.05
+    seen = {}
+
+    class Net(nn.Module):
+        def forward(self, x_t, log_snr, z):
+            seen.update(x_t=x_t, log_snr=log_snr, z=z)
+            return torch.full_like(x_t, 0.3)
+
+    z = torch.randn(5, 7)
+    error = dm.Diffusion(Net(), (3, 4, 4)).error(x, z, t, eps)
+    alpha, sigma = sde.alpha(t).view(5, 1, 1, 1), sde.sigma(t).view(5, 1, 1, 1)
+    torch.testing.assert_close(seen["x_t"], alpha * x + sigma * eps)
+    torch.testing.assert_close(seen["log_snr"], sde.log_snr(t))
+    assert seen["z"] is z
+    predicted = sigma * seen["x_t"] + alpha * 0.3
+    torch.testing.assert_close(error, (eps - predicted).pow(2).sum((1, 2, 3)))
+
+
+@given(st.integers(1, 40), seeds)
+def test_stratified_draws_are_one_in_each_stratum(n, seed):
+    torch.manual_seed(seed)
+    u = dm.stratified(n)
+    assert (0 <= u).all() and (u < 1).all()
+    gaps = torch.cat([u, u + 1]).sort().values.diff()[:n]
+    torch.testing.assert_close(gaps, torch.full((n,), 1 / n), atol=1e-5, rtol=0)
+
+
+def test_stratified_draws_are_uniform_for_each_example():
+    torch.manual_seed(0)
+    u = torch.stack([dm.stratified(3) for _ in range(20_000)])  # (draws, examples)
+    for moment, expected in ((1, 1 / 2), (2, 1 / 3), (3, 1 / 4)):
+        torch.testing.assert_close((u**moment).mean(0), torch.full((3,), expected), atol=0.012, rtol=0)
+
+
+def test_diffusion_samples_with_its_own_sampler_and_start():
+    sde, calls = dm.VPSDE(), []
+
+    def eps(x, z, alpha, sigma):
+        calls.append(z)
+        return gaussian_eps(z, 0.01)(x, z, alpha, sigma)
+
+    z = torch.tensor([[-1.0], [2.0]])
+    simple, bound = diffusion(eps, 1, sde, "simple"), diffusion(eps, 1, sde)
+    noise = torch.randn(2, 1)
+    torch.testing.assert_close(simple.sample(z, noise=noise), simple.sample(z, noise=noise))
+    assert len(calls) == 100 and calls[0] is z
+    torch.testing.assert_close(simple.sample(z, noise=noise), z, atol=0.4, rtol=0)
+    calls.clear()
+    bound.sample(z)
+    assert len(calls) == 500
+    assert bound.sample(z, sampler=dm.ddim, steps=3).shape == (2, 1)
+    with pytest.raises(ValueError, match="likelihood.*simple"):
+        diffusion(eps, 1, sde, "uniform")
+
+
+# ---- 5  Networks ------------------------------------------------------------------------------------
+
+
+def nudge(module):
+    """Move every weight off its start, where zeroed layers pass no gradient."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+
+
+UNETS = [
+    (dict(dims=1, channels=1, width=8, multipliers=(1, 2), attention=(1,), heads=2), (1, 12)),
+    (dict(dims=2, channels=3, width=8, multipliers=(1, 2, 2), attention=(0,), heads=2, z_dim=5), (3, 8, 12)),
+]
+
+
+@pytest.mark.parametrize("arguments, shape", UNETS)
+def test_unet(arguments, shape):
+    torch.manual_seed(0)
+    net, z_dim = dm.UNet(**arguments), arguments.get("z_dim", 0)
+    x, ell = torch.randn(2, *shape), torch.tensor([-3.0, 2.0])
+    z = torch.randn(2, z_dim) if z_dim else None
+    assert (net(x, ell, z) == 0).all()  # the exact denoiser of N(0, I)
+    nudge(net)
+    out = net(x, ell, z)
+    assert out.shape == x.shape
+    out.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+    assert not torch.allclose(net(x, ell + 1, z), out)
+    swapped = net(x.flip(0), ell.flip(0), z.flip(0) if z_dim else None).flip(0)
+    torch.testing.assert_close(swapped, out)  # examples do not mix
+    if z_dim:
+        assert not torch.allclose(net(x, ell, z + 1), out)
+
+
+def test_attention_is_softmax_attention():
+    torch.manual_seed(0)
+    layer, x = dm.Attention(2, 8, 2), torch.randn(3, 8, 4, 5)
+    nudge(layer)
+    q, k, v = layer.qkv(layer.norm(x)).flatten(2).view(3, 3, 2, 4, 20).unbind(1)  # (B, heads, C, L)
+    weights = torch.einsum("bhcl,bhcm->bhlm", q, k).div(4**0.5).softmax(-1)
+    mixed = torch.einsum("bhlm,bhcm->bhcl", weights, v).reshape(3, 8, 4, 5)
+    torch.testing.assert_close(layer(x), x + layer.proj(mixed))
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_convolutional_encoder_and_decoder(size):
+    encoder, decoder = dm.ConvEncoder(3, size, 6, [8, 16]), dm.ConvDecoder(3, size, 6, [8, 16])
+    mu, logvar = encoder(torch.randn(2, 3, size, size))
+    assert mu.shape == logvar.shape == (2, 6)
+    assert decoder(mu).shape == (2, 3, size, size)
+
+
+# ---- 6  The multimodal ELBO -------------------------------------------------------------------------
+
+DIM, SIZES = 3, {"a": 4, "b": 5, "c": 3}
+
+
+class Fixed(nn.Module):
+    """An encoder N(A (x − b), e^logvar): linear, with the same variance for every x."""
+
+    def __init__(self, matrix, offset, logvar):
+        super().__init__()
+        self.matrix, self.offset, self.logvar = matrix, offset, logvar
+
+    def forward(self, x):
+        mu = (x - self.offset) @ self.matrix.T
+        return mu, self.logvar.expand_as(mu)
+
+
+class LinearGaussian:
+    """x_i = W_i z + b_i + N(0, ψ_i I) with W_iᵀW_i diagonal: posterior and evidence in closed form."""
+
+    def __init__(self, seed=0, sizes=SIZES):
+        g = torch.Generator().manual_seed(seed)
+        randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+        self.W, self.b, self.psi, self.sizes = {}, {}, {}, sizes
+        for k, n in sizes.items():
+            self.W[k] = torch.linalg.qr(randn(n, DIM))[0] * (1 + randn(DIM).abs())
+            self.b[k], self.psi[k] = randn(n), 0.3 + torch.rand((), generator=g, dtype=torch.float64)
+        self.x = {k: randn(1, n) for k, n in sizes.items()}  # one example
+        self.tau = {k: self.W[k].square().sum(0) / self.psi[k] for k in sizes}  # (D,)
+
+    def experts(self, prior_expert):
+        """Encoders whose full product, with or without N(0, I), is the exact posterior."""
+        share = 0 if prior_expert else 1 / len(self.sizes)
+        precision = {k: self.tau[k] + share for k in self.sizes}
+        matrix = {k: self.W[k].T / self.psi[k] / precision[k][:, None] for k in self.sizes}
+        return {k: Fixed(matrix[k], self.b[k], -precision[k].log()) for k in self.sizes}
+
+    def wrong_experts(self, seed=1):
+        g = torch.Generator().manual_seed(seed)
+        randn = lambda *shape: 0.3 * torch.randn(*shape, generator=g, dtype=torch.float64)
+        return {k: Fixed(randn(DIM, n), self.b[k], randn(DIM)) for k, n in self.sizes.items()}
+
+    def decoders(self):
+        def decoder(k):
+            net = nn.Linear(DIM, self.sizes[k], dtype=torch.float64)
+            net.weight.data, net.bias.data = self.W[k], self.b[k]
+            return dm.FeedForward(net, lambda mean: Normal(mean, self.psi[k].sqrt()))
+
+        return {k: decoder(k) for k in self.sizes}
+
+    def evidence(self):
+        W, b, x = (torch.cat([part[k].view(-1, d) for k in self.sizes]) for part, d in
+                   ((self.W, DIM), (self.b, 1), (self.x, 1)))  # fmt: skip
+        psi = torch.cat([self.psi[k].expand(n) for k, n in self.sizes.items()])
+        return MultivariateNormal(b[:, 0], W @ W.T + psi.diag()).log_prob(x[:, 0]).item()
+
+    def posterior(self):
+        precision = 1 + sum(self.tau[k] for k in self.sizes)
+        pull = sum((self.x[k] - self.b[k]) @ self.W[k] / self.psi[k] for k in self.sizes)
+        return pull / precision, -precision.log()
+
+
+@pytest.fixture
+def sigma_points(monkeypatch):
+    """z at μ ± √D σ along each axis, the batch running over these 2D points: exact for quadratics in z."""
+    axes = torch.cat([torch.eye(DIM), -torch.eye(DIM)]).double() * DIM**0.5  # (2D, D)
+
+    def points(mu, logvar):
+        e = axes.repeat(len(mu) // len(axes), 1).view(len(mu), *[1] * (mu.ndim - 2), DIM)
+        return mu + (0.5 * logvar).exp() * e
+
+    monkeypatch.setattr(dm, "sample_gaussian", points)
+
+
+def total(model, world, **options):
+    x = {k: v.expand(2 * DIM, -1) for k, v in world.x.items()}
+    return model.elbo(x, **options).total.mean().item()
+
+
+@pytest.mark.parametrize("prior_expert", [False, True])
+def test_elbo_is_the_evidence_at_the_exact_posterior(prior_expert, sigma_points):
+    world = LinearGaussian()
+    model = dm.DiffMVAE(world.experts(prior_expert), world.decoders(), "mvae", prior_expert=prior_expert)
+    assert total(model, world) == pytest.approx(world.evidence(), abs=1e-9)
+    if prior_expert:  # then every product is the posterior given its subset
+        for A in dm.subsets(3):
+            given = LinearGaussian(sizes={k: n for (k, n), a in zip(SIZES.items(), A) if a})
+            given.W, given.b, given.psi, given.x, given.tau = world.W, world.b, world.psi, world.x, world.tau
+            fused = model.posterior({k: world.x[k] for k in given.sizes})
+            expected = given.posterior()
+            torch.testing.assert_close(fused, (expected[0], expected[1].expand_as(fused[1])))
+
+
+@pytest.mark.parametrize("prior_expert", [False, True])
+@pytest.mark.parametrize("family", ["mopoe", "mvae", "mmvae"])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_elbo_is_the_evidence_less_the_mean_gap(family, prior_expert, wrong, sigma_points):
+    """ELBO = log p(x) − Σ_A ω_A KL(q(z|x_A) ‖ p(z|x)), for any experts."""
+    world = LinearGaussian(seed=2)
+    experts = world.wrong_experts() if wrong else world.experts(prior_expert)
+    model = dm.DiffMVAE(experts, world.decoders(), family, prior_expert=prior_expert)
+    gaps = []
+    for A in dm.subsets(3, family):
+        q = model.posterior({k: world.x[k] for k, a in zip(SIZES, A) if a})
+        gaps.append(dm.kl_divergence(*q, *world.posterior()).item())
+        assert total(model, world, A=A) == pytest.approx(world.evidence() - gaps[-1], abs=1e-8)
+    expected = world.evidence() - np.mean(gaps)
+    assert total(model, world) == pytest.approx(expected, abs=1e-8)
+    x = {k: v.expand(2 * DIM, -1) for k, v in world.x.items()}
+    assert model.full_elbo(x).total.mean().item() == pytest.approx(expected, abs=1e-8)
+    assert expected <= world.evidence()
+
+
+def test_beta_and_weights_scale_their_terms():
+    terms = {"a": torch.tensor([-3.0]), "b": torch.tensor([-5.0])}
+    elbo = dm.ELBO(terms, torch.tensor([2.0]), beta=0.5, weights={"b": 10})
+    assert elbo.total.item() == -3 - 50 - 1
+    assert list(elbo.terms("surrogate")) == ["surrogate", "a", "b", "KL"]
+
+
+def test_elbo_with_a_diffusion_decoder(sigma_points):
+    """Replacing p(c|z) = N(Wz + b, ψ) by the exact denoiser for it changes log p(c|z) to its bound."""
+    torch.manual_seed(0)
+    world, sde = LinearGaussian(seed=3), dm.VPSDE(t_min=1e-3)
+    W, b, psi = world.W["c"], world.b["c"], world.psi["c"].item()
+    eps = lambda x, z, alpha, sigma: gaussian_eps(z @ W.T + b, psi)(x, z, alpha, sigma)
+    decoders = world.decoders() | {"c": diffusion(eps, 3, sde)}
+    model = dm.DiffMVAE(world.experts(False), decoders, "mvae")
+    copies = 4000
+    x = {k: v.expand(2 * DIM * copies, -1) for k, v in world.x.items()}
+    elbo = model.elbo(x)
+    mu, logvar = model.posterior({k: v[: 2 * DIM] for k, v in x.items()})
+    means = dm.sample_gaussian(mu, logvar) @ W.T + b  # (2D, 3)
+    exact = np.mean([
+        sum(closed_form(c, m, psi, sde) for c, m in zip(world.x["c"][0].tolist(), row)) for row in means.tolist()
+    ])  # fmt: skip
+    noise = 5 * elbo.log_prob["c"].std().item() / len(x["c"]) ** 0.5
+    assert elbo.log_prob["c"].mean().item() == pytest.approx(exact, abs=noise)
+    assert elbo.total.mean().item() == pytest.approx(world.evidence(), abs=noise + 0.05)
+
+
+class FirstOf(nn.Module):
+    """A decoder that is dear to run; its 'log-likelihood' is z's first number, its sample z itself."""
+
+    def log_prob(self, x, z):
+        return z[:, 0]
+
+    def sample(self, z):
+        return z
+
+
+def test_one_subset_per_example_is_unbiased_and_every_subset_exact():
+    torch.manual_seed(0)
+    world, batch = LinearGaussian(seed=4), 10  # 7 subsets do not divide 10
+    experts = world.wrong_experts()
+    for expert in experts.values():
+        expert.logvar = expert.logvar - 40  # z is the mean
+    model = dm.DiffMVAE(experts, {"a": FirstOf()})
+    x = {k: torch.randn(batch, n, dtype=torch.float64) for k, n in SIZES.items()}
+    draws = torch.stack([model.elbo(x).log_prob["a"] for _ in range(4000)])  # (draws, B)
+    each = torch.stack([model.elbo(x, A).log_prob["a"] for A in model.subsets])  # (S, B)
+    error = 5 * each.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - each.mean(0)).abs() < error).all()
+    assert draws[:, 0].round(decimals=6).unique().numel() == 7  # each example meets every subset
+    torch.testing.assert_close(model.full_elbo(x).log_prob["a"], each.mean(0))
+    FirstOf.every_subset = True
+    torch.testing.assert_close(model.elbo(x).log_prob["a"], each.mean(0))
+    del FirstOf.every_subset
+
+
+@pytest.fixture
+def few_evaluations(monkeypatch):
+    """The samplers of the models, at a cost for tests."""
+    quick = {name: (sampler, 4) for name, (sampler, _) in dm.Diffusion.samplers.items()}
+    monkeypatch.setattr(dm.Diffusion, "samplers", quick)
+
+
+def tiny(**options):
+    """CelebA's model in its smallest size."""
+    return celeba.Settings(
+        size=16, channels=8, multipliers=(1, 2), encoder_channels=8, latent_dim=16, device="cpu", **options
+    )
+
+
+def tiny_batch(n=4):
+    return {"image": torch.rand(n, 3, 16, 16) * 2 - 1, "mask": torch.rand(n, 1, 16, 16).round(),
+            "attributes": torch.rand(n, 18).round()}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"weighting": "likelihood"}, {"decoder": "feedforward"}])
+def test_gradients_reach_every_parameter(options):
+    torch.manual_seed(0)
+    model, prior = celeba.build(tiny(**options))
+    nudge(model)
+    (-model.elbo(tiny_batch(8)).total.mean()).backward()
+    nudge(prior)
+    (-prior.log_prob(torch.randn(4, 16)).mean()).backward()
+    for name, p in [*model.named_parameters(), *prior.named_parameters()]:
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_any_subset_generates_everything(few_evaluations):
+    model, _ = celeba.build(tiny())
+    x = tiny_batch()
+    for A in dm.subsets(3):
+        given = {name: x[name] for name, a in zip(x, A) if a}
+        mu, logvar = model.posterior(given)
+        assert mu.shape == logvar.shape == (4, 16)
+    decoded = model.decode(dm.sample_gaussian(mu, logvar))
+    assert {name: value.shape for name, value in decoded.items()} == {k: v.shape for k, v in x.items()}
+    reordered = model.posterior(dict(reversed(x.items())))
+    torch.testing.assert_close(reordered, model.posterior(x))
+    with pytest.raises(ValueError, match="at least one modality"):
+        model.posterior({})
+    with pytest.raises(ValueError, match="no encoder for"):
+        model.posterior({"text": x["mask"]})
+    with pytest.raises(ValueError, match="A is empty"):
+        model.elbo(x, torch.zeros(3, dtype=torch.bool))
+
+
+def test_an_empty_subset_with_the_prior_expert_is_the_prior():
+    world = LinearGaussian()
+    model = dm.DiffMVAE(world.experts(True), world.decoders(), prior_expert=True)
+    assert model.elbo(world.x, torch.zeros(3, dtype=torch.bool)).kl.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_calibrated_gaussian_and_bernoulli():
+    mean, x = torch.randn(3, 2), torch.randn(3, 2)
+    likelihood = dm.CalibratedGaussian()
+    nn.init.constant_(likelihood.logvar, math.log(0.25))
+    expected = Normal(mean, 0.5).log_prob(x).sum(1)
+    torch.testing.assert_close(dm.FeedForward(nn.Identity(), likelihood).log_prob(x, mean), expected)
+    masks = dm.FeedForward(nn.Identity(), dm.bernoulli)
+    expected = -nn.functional.binary_cross_entropy_with_logits(mean, x.gt(0).float(), reduction="none").sum(1)
+    torch.testing.assert_close(masks.log_prob(x.gt(0).float(), mean), expected)
+    torch.testing.assert_close(masks.sample(mean), mean.sigmoid())
+
+
+# ---- 7  Latent prior --------------------------------------------------------------------------------
+
+
+def test_latent_prior_standardises():
+    torch.manual_seed(0)
+    prior = dm.LatentPrior(dm.UNet(1, 1, 8, (1, 2)), (1, 4))
+    mu, logvar = torch.randn(500, 4) * 3 + 5, torch.randn(500, 4)
+    prior.standardise(mu, logvar)
+    z = dm.sample_gaussian(mu.repeat(400, 1), logvar.repeat(400, 1))
+    torch.testing.assert_close(prior.mean, z.mean(0), rtol=0.02, atol=0.05)
+    torch.testing.assert_close(prior.std, z.std(0), rtol=0.02, atol=0)
+    samples = prior.sample(20_000, steps=5)  # v = 0 denoises N(0, I), which is what standardised z looks like
+    torch.testing.assert_close(samples.mean(0), prior.mean, atol=0.15, rtol=0)
+    torch.testing.assert_close(samples.std(0), prior.std, rtol=0.05, atol=0)
+    noise = torch.randn(2, 1, 4)
+    start = prior.sample(2, noise=noise, steps=1)
+    torch.manual_seed(1)
+    a = prior.log_prob(z[:8])
+    torch.manual_seed(1)
+    b = dm.Diffusion.log_prob(prior, ((z[:8] - prior.mean) / prior.std)[:, None])
+    torch.testing.assert_close(a, b)
+    assert start.shape == (2, 4)
+
+
+# ---- 8  Training ------------------------------------------------------------------------------------
+
+
+def toy(out, **options):
+    """fit on a line of numbers, with dropout so that every step needs its own random numbers."""
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    data = torch.linspace(-1, 1, 60).view(20, 3)
+    options = dm.Options(out=str(out), **{"steps": 40, "batch_size": 4, "device": "cpu"} | options)
+    terms = lambda i: {"fit": -(model(data[i]) - data[i, :1]).square()[:, 0], "size": data[i, 0]}
+    averaged, seconds = dm.fit(model, terms, 20, "model", options, [(model, 1e-2)])
+    assert seconds > 0
+    return [p.clone() for p in (*model.parameters(), *averaged.parameters())]
+
+
+def test_resumed_training_equals_uninterrupted_training(tmp_path, monkeypatch):
+    whole = toy(tmp_path / "whole")
+    toy(tmp_path / "parts", steps=17)
+    resumed = toy(tmp_path / "parts")  # goes on from 17
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
+    state = torch.load(tmp_path / "whole" / "model.pt", weights_only=True)
+    assert state["step"] == 40 and not list(tmp_path.rglob("*.part"))
+    monkeypatch.setattr(dm, "seed_at", lambda *_: pytest.fail("a finished training must not train"))
+    toy(tmp_path / "whole")
+
+
+def test_averaged_weights_are_the_moving_average(tmp_path, monkeypatch):
+    """Against the recursion, with the weights recorded at each step through the random seed's hook."""
+    history, original = [], dm.seed_at
+    torch.manual_seed(7)
+    model = nn.Linear(2, 1)
+
+    def record(*arguments):
+        history.append(model.weight.detach().clone())
+        return original(*arguments)
+
+    monkeypatch.setattr(dm, "seed_at", record)
+    x = torch.randn(10, 2)
+    options = dm.Options(out=str(tmp_path), steps=150, batch_size=4, ema=0.9, device="cpu")
+    averaged, _ = dm.fit(model, lambda i: {"fit": -model(x[i])[:, 0].square()}, 10, "prior" and "model",
+                         options, [(model, 1e-2)])  # fmt: skip
+    expected = history[0]
+    for step, weight in enumerate([*history[1:], model.weight.detach()]):
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(averaged.weight, expected)
+    steps = torch.stack([(b - a).abs().max() for a, b in zip(history, history[1:])])
+    assert steps[0] < 2e-4 and steps[120:].max() <= 1.1e-2  # warm-up; Adam moves by the learning rate
+
+
+def test_seeds_differ_by_step_stage_and_run():
+    seeds = {dm.seed_at(seed, stage, k) for seed in (0, 1) for stage in dm.STAGES for k in range(100)}
+    assert len(seeds) == 400
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    toy(tmp_path, steps=2)
+    with pytest.raises(dm.InputError, match=r"seed was 0 and is 3"):
+        toy(tmp_path, seed=3)
+    assert toy(tmp_path, steps=3)  # more steps are welcome
+
+
+def test_a_broken_loss_stops_and_keeps_the_checkpoint(tmp_path):
+    toy(tmp_path, steps=2)
+    before = (tmp_path / "model.pt").read_bytes()
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    terms = lambda i: {"fit": model(torch.ones(4, 3))[:, 0], "mask": torch.full((4,), torch.nan)}
+    options = dm.Options(out=str(tmp_path), steps=40, batch_size=4, device="cpu")
+    with pytest.raises(FloatingPointError, match="mask not finite"):
+        dm.fit(model, terms, 20, "model", options, [(model, 1e-2)])
+    assert (tmp_path / "model.pt").read_bytes() == before
+
+
+def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
+    whole = toy(tmp_path / "whole")
+    original, calls = dm.seed_at, itertools.count()
+
+    def interrupt(*arguments):
+        if next(calls) == 11:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dm, "seed_at", interrupt)
+        with pytest.raises(SystemExit, match="stopped after step 12"):
+            toy(tmp_path / "parts")
+    assert all(torch.equal(a, b) for a, b in zip(whole, toy(tmp_path / "parts")))
+
+
+# ---- 9  Measures and pictures -----------------------------------------------------------------------
+
+
+def test_f1_by_hand():
+    actual = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    predicted = torch.tensor([[0.9, 0.2, 0.6, 0.5], [0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]])
+    assert dm.f1_score(predicted, actual) == pytest.approx((0.5 + 0 + 1 + 0) / 4)
+
+
+def test_best_constant_f1():
+    train = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0]])
+    assert dm.best_constant_f1(train, train) == pytest.approx((1 + 2 / 3 + 1) / 3)
+
+
+@given(seeds)
+@settings(max_examples=5)
+def test_frechet_distance_of_two_gaussians(seed):
+    """Commuting covariances: ‖m_a − m_b‖² + Σ (s_a − s_b)²."""
+    rng = np.random.default_rng(seed)
+    x = torch.tensor(rng.standard_normal((400, 3)))
+    white = x - x.mean(0)
+    white = white @ torch.linalg.inv(torch.linalg.cholesky(white.T.cov())).T  # mean 0, covariance I
+    basis = torch.linalg.qr(torch.tensor(rng.standard_normal((3, 3))))[0]
+    s_a, s_b, m = (torch.tensor(rng.uniform(0.1, 2, 3)) for _ in range(3))
+    a, b = white * s_a @ basis.T, white.flip(0) * s_b @ basis.T + m
+    expected = m.square().sum() + (s_a - s_b).square().sum()
+    assert dm.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-9)
+    assert dm.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_bits_per_dim_of_uniform_grey_levels():
+    """A density of 1/2 on [−1, 1] in each of 12 dims gives a grey level, 1/127.5 wide, about 1/255."""
+    assert dm.bits_per_dim(12 * math.log(0.5), 12) == pytest.approx(math.log2(255))
+
+
+def test_save_grid(tmp_path):
+    pictures = torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 0.0, 1.0)])
+    dm.save_grid(tmp_path / "grid.png", {"a row": pictures, "another": pictures[:2, :1]})
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape[0] == 2 * 66 and {0, 128, 255} <= set(np.unique(grid[:64, -190:]).tolist())
+
+
+# ---- CelebA: drawn faces and the released layout ----------------------------------------------------
+
+
+def face(size=64, seed=0, **changes):
+    a = dict.fromkeys(celeba.ATTRIBUTES, False) | changes
+    return celeba.draw_face(a, np.random.default_rng(seed), size)
+
+
+@pytest.mark.parametrize("name", celeba.ATTRIBUTES)
+@pytest.mark.parametrize("size", [32, 64])
+def test_every_attribute_shows(name, size):
+    bald = {"Male": True} if name == "Bald" else {}
+    change = np.abs(face(size, **bald)[0].astype(int) - face(size, **bald, **{name: True})[0])
+    assert (change.max(-1) > 24).sum() >= 3
+
+
+@given(seeds)
+@settings(max_examples=20)
+def test_mask_is_everything_but_skin_and_background(seed):
+    """Repainting skin leaves the mask alone; outside the mask are only background and skin colours."""
+    rng = np.random.default_rng(seed)
+    a = celeba.draw_attributes(rng) | {"Heavy_Makeup": False, "Mustache": False}
+    picture, mask = celeba.draw_face(a, np.random.default_rng(seed), 128)
+    outside = np.unique(picture[~mask], axis=0)
+    assert len(outside) <= 2 and mask.any()
+    pale, pale_mask = celeba.draw_face(a | {"Pale_Skin": not a["Pale_Skin"]}, np.random.default_rng(seed), 128)
+    assert (mask == pale_mask).all() and (picture != pale).any()
+
+
+def test_drawn_attributes_are_plausible_and_all_occur():
+    rng = np.random.default_rng(0)
+    drawn = [celeba.draw_attributes(rng) for _ in range(500)]
+    for a in drawn:
+        assert sum(a[name] for name in celeba.HAIR if name) <= 1
+        assert not (a["Bald"] and (a["Wavy_Hair"] or a["Bangs"] or a["Wearing_Hat"]))
+        assert list(a) == celeba.ATTRIBUTES
+    assert all(0.02 < np.mean([a[name] for a in drawn]) < 0.7 for name in celeba.ATTRIBUTES)
+
+
+def test_drawn_faces_are_the_same_at_every_run(monkeypatch):
+    monkeypatch.setattr(celeba, "FACES", {"train": 5, "test": 3})
+    first, second = celeba.draw_faces(16), celeba.draw_faces(16)
+    assert {k: v.shape for k, v in first["test"].items()} == {
+        "image": (3, 3, 16, 16), "mask": (3, 1, 16, 16), "attributes": (3, 18)}  # fmt: skip
+    assert all(torch.equal(first[s][k], second[s][k]) for s in first for k in first[s])
+    assert not torch.equal(first["train"]["image"][:3], first["test"]["image"])
+
+
+@pytest.fixture
+def released(tmp_path):
+    """Three faces in the released layout: 64 px pictures, parts of 32 px, one in each split."""
+    folder = tmp_path / "CelebAMask-HQ"
+    names = [f"Other_{i}" for i in range(22)] + celeba.ATTRIBUTES[::-1]
+    lines, mapping = ["3", " ".join(names)], ["idx orig_idx orig_file"]
+    (folder / "CelebA-HQ-img").mkdir(parents=True)
+    for k, origin in ((3, 162_770), (2001, 182_637), (2, 182_638)):
+        parts = folder / "CelebAMask-HQ-mask-anno" / str(k // 2000)
+        parts.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (10 * (k % 10), 100, 200)).save(folder / "CelebA-HQ-img" / f"{k}.jpg", quality=100)
+        for part, box in (("hair", (0, 0, 32, 8)), ("l_eye", (4, 4, 8, 16)), ("skin", (0, 0, 32, 32))):
+            layer = Image.new("L", (32, 32))
+            layer.paste(255, box)
+            layer.save(parts / f"{k:05d}_{part}.png")
+        values = ["1" if name in ("Smiling", "Other_3") or k == 2 else "-1" for name in names]
+        lines.append(f"{k}.jpg " + " ".join(values))
+        mapping.append(f"{k} {origin} {origin:06d}.jpg")
+    (folder / "CelebAMask-HQ-attribute-anno.txt").write_text("\n".join(lines) + "\n")
+    (folder / "CelebA-HQ-to-CelebA-mapping.txt").write_text("\n".join(mapping) + "\n")
+    return folder
+
+
+def test_released_layout_is_read_back(released):
+    data = celeba.read_faces(released, 16)
+    assert {split: len(part["image"]) for split, part in data.items()} == dict(train=1, validation=1, test=1)
+    train = {name: x[0] for name, x in data["train"].items()}
+    assert (train["image"].float().mean((1, 2)) - torch.tensor([30.0, 100, 200])).abs().max() < 3
+    expected = torch.zeros(16, 16)
+    expected[:4] = 1  # hair
+    expected[2:8, 2:4] = 1  # an eye; the skin is left out
+    assert torch.equal(train["mask"][0].float(), expected)
+    assert [a for a, on in zip(celeba.ATTRIBUTES, train["attributes"]) if on] == ["Smiling"]
+    assert data["test"]["attributes"].all()
+    for path in released.rglob("*.jpg"):
+        path.unlink()  # the second time comes from the cache
+    again = celeba.read_faces(released, 16)
+    assert torch.equal(again["train"]["image"], data["train"]["image"])
+
+
+def damage(folder, what):
+    anno = folder / "CelebAMask-HQ-attribute-anno.txt"
+    text = anno.read_text()
+    match what:
+        case "missing folder":
+            (folder / "CelebA-HQ-img").rename(folder / "images")
+        case "missing picture":
+            (folder / "CelebA-HQ-img" / "3.jpg").unlink()
+        case "broken picture":
+            (folder / "CelebA-HQ-img" / "3.jpg").write_bytes(b"not a picture")
+        case "short line":
+            anno.write_text(text.replace("2001.jpg -1", "2001.jpg"))
+        case "odd value":
+            anno.write_text(text.replace("2001.jpg -1", "2001.jpg 0"))
+        case "no attribute":
+            anno.write_text(text.replace("Smiling", "Smirking"))
+
+
+@pytest.mark.parametrize("what, message", [
+    ("missing folder", "CelebA-HQ-img is missing"), ("missing picture", r"3\.jpg cannot be read"),
+    ("broken picture", r"3\.jpg cannot be read"), ("short line", "line 4: it needs 40"),
+    ("odd value", "line 4: it needs 40"), ("no attribute", "lacks Smiling"),
+])  # fmt: skip
+def test_bad_input_is_named(released, what, message):
+    damage(released, what)
+    with pytest.raises(dm.InputError, match=message):
+        celeba.read_faces(released, 16)
+
+
+def test_best_known_nats():
+    """nats() on a model whose evidence is known: N(b, σ²) pixels that z does not touch, encoders at the prior."""
+    model = dm.DiffMVAE(
+        {"image": Fixed(torch.zeros(2, 12), torch.zeros(1), torch.zeros(2))}, {}, "mvae"
+    )
+    constant = nn.Sequential(nn.Linear(2, 12), nn.Unflatten(1, (3, 2, 2)))
+    nn.init.zeros_(constant[0].weight)
+    nn.init.constant_(constant[0].bias, 0.2)
+    model.decoders["image"] = dm.FeedForward(constant, lambda mean: Normal(mean, 0.5))
+    model.encoders["image"].forward = lambda x: (torch.zeros(len(x), 2), torch.zeros(len(x), 2))
+    test = {"image": torch.randint(0, 256, (50, 3, 2, 2), dtype=torch.uint8)}
+    x = celeba.batch(test)["image"]
+    expected = Normal(0.2, 0.5).log_prob(x).sum((1, 2, 3)).mean().item()
+    nats = celeba.nats(model, test)
+    assert nats["ELBO"] == pytest.approx(expected, rel=1e-5) and nats["KL"] == pytest.approx(0, abs=1e-6)
+    levels = -expected / 12 / math.log(2) + math.log2(127.5)
+    assert nats["image, bits per dimension"] == pytest.approx(levels, rel=1e-5)
+
+
+# ---- The scripts, as a user runs them ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"weighting": "likelihood"}, {"decoder": "feedforward", "family": "mmvae"}
+])  # fmt: skip
+def test_celeba_end_to_end(tmp_path, monkeypatch, capsys, few_evaluations, options):
+    monkeypatch.setattr(celeba, "FACES", {"train": 40, "test": 12})
+    s = tiny(out=str(tmp_path / "run"), steps=3, prior_steps=2, batch_size=4, **options)
+    celeba.run(s)
+    shown = capsys.readouterr().out
+    assert shown.startswith("These faces are drawn; --data CelebAMask-HQ")
+    assert ("ELBO" in shown) == s.is_bound
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results["F1"]) == {"attributes", "mask"} and results["settings"]["size"] == 16
+    assert results["images trained per second"] > 0 and results["peak memory, GiB"] > 0
+    rows = Image.open(tmp_path / "run" / "samples.png").size[1] // 66
+    assert rows == 9
+    first = (tmp_path / "run" / "samples.png").read_bytes()
+    celeba.run(s)  # all is trained: measures and draws, the same
+    assert (tmp_path / "run" / "samples.png").read_bytes() == first
+    model, prior = celeba.load(tmp_path / "run")
+    assert model.decode(prior.sample(2))["image"].shape == (2, 3, 16, 16)
+
+
+def test_command_line(tmp_path):
+    run = lambda *flags: subprocess.run(
+        [sys.executable, ROOT / "train_celeba.py", *flags], capture_output=True, text=True, cwd=tmp_path
+    )
+    done = run("--data", "nowhere")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.fullmatch(r"train_celeba\.py: nowhere.* is missing: .*\n", done.stderr)
+    shown = run("--help").stdout
+    for flag in ("--data", "--weighting", "--family", "--decoder", "--beta", "--prior-steps", "--device"):
+        assert flag in shown
+
+
+def test_readme_examples(tmp_path, monkeypatch, few_evaluations):
+    """Every Python block of the README runs, in order, beside a small trained run."""
+    monkeypatch.setattr(celeba, "FACES", {"train": 40, "test": 12})
+    celeba.run(tiny(out=str(tmp_path / "runs" / "drawn"), steps=2, prior_steps=2, batch_size=4))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    namespace = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert (tmp_path / "glasses.png").exists()

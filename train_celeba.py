@@ -1,0 +1,352 @@
+"""Diff-MVAE on CelebAMask-HQ (§4.2): a face's image, mask and attributes, each from any other.
+
+    python train_celeba.py                         draws faces, 32 px: ten minutes on two CPU cores
+    python train_celeba.py --data CelebAMask-HQ    the released data, 128 px, the paper's settings
+
+Trains Diff-MVAE (§3.2), then the latent prior (§3.4), measures F1 (Table 3), draws (Figures 5, 6).
+The same command run again goes on where it stopped and, when all is trained, measures and draws.
+"""
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from diffmvae import (
+    STAGES, CalibratedGaussian, ConvDecoder, ConvEncoder, DiffMVAE, Diffusion, Encoder,
+    FeedForward, InputError, LatentPrior, Options, UNet, bernoulli, best_constant_f1, bits_per_dim,
+    f1_score, fit, in_batches, main, mlp, option, sample_gaussian, save_checkpoint, save_grid,
+    save_results,
+)
+
+ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
+    Heavy_Makeup Male Mouth_Slightly_Open Mustache Pale_Skin Receding_Hairline Smiling Straight_Hair
+    Wavy_Hair Wearing_Hat""".split()
+PARTS = """nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l
+    neck cloth""".split()  # all but the skin
+
+
+@dataclass
+class Settings(Options):
+    """Drawn faces train in minutes on a CPU; for real ones defaults are the paper's or authors'."""
+
+    out: str = option("runs/drawn", "folder for checkpoints, numbers and pictures", "runs/celeba")
+    size: int = option(32, "side of the pictures in pixels", 128)
+    steps: int = option(2000, "training steps of Diff-MVAE", 100_000)
+    prior_steps: int = option(1500, "training steps of the latent prior", 50_000)
+    batch_size: int = option(8, "examples in a step", 64)
+    weighting: str = option("simple", "likelihood: Diff-MVAE, a bound; simple: Diff-MVAE*",
+                            choices=("likelihood", "simple"))
+    family: str = option("mopoe", "the subsets drawn", choices=("mopoe", "mvae", "mmvae"))
+    decoder: str = option("diffusion", "of the image; feedforward is the baseline MoPoE*",
+                          choices=("diffusion", "feedforward"))
+    beta: float = option(None, "weight of the KL (default: 1 for a bound, 0.1 for the surrogate)")
+    attribute_weight: float = option(None, "weight of their log-likelihood (default: 1 or 10)")
+    latent_dim: int = option(64, "dimensions of z, a square number", 256)
+    channels: int = option(16, "channels of the UNet at full size", 128)
+    multipliers: int = option((1, 2, 4), "of them at each halving", (1, 2, 2, 3, 4), nargs="+")
+    attention: int = option(8, "side in pixels at which the UNet attends", 16)
+    dropout: float = option(0.0, "in the UNet", 0.1)
+    encoder_channels: int = option(16, "channels of the encoders at half size", 64)
+    rate: float = option(1e-3, "learning rate of the image decoder and the latent prior", 1e-4)
+    vae_rate: float = option(1e-3, "learning rate of the encoders and other decoders", 2e-4)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.multipliers = tuple(self.multipliers)
+        self.is_bound = self.decoder == "feedforward" or self.weighting == "likelihood"  # in nats
+        beta, weight = (1.0, 1.0) if self.is_bound else (0.1, 10.0)
+        self.beta = beta if self.beta is None else self.beta
+        self.attribute_weight = weight if self.attribute_weight is None else self.attribute_weight
+
+
+# ---- Drawn faces: the same attributes, all visible, and a mask with the same meaning -------------
+
+FACES = {"train": 10_000, "test": 1_000}
+HAIR = {"Gray_Hair": (165, 165, 172), "Blond_Hair": (232, 196, 92), "Brown_Hair": (118, 72, 36),
+        "Black_Hair": (28, 22, 24), "": (178, 62, 36)}  # none of the four: red
+FORM, FRONT = ["Straight_Hair", "Wavy_Hair", ""], ["Bangs", "Receding_Hairline", ""]
+
+
+def draw_attributes(rng):
+    """A plausible combination, {name: bool}, drawn from a numpy Generator."""
+    a = {name: bool(rng.random() < 0.35) for name in ATTRIBUTES}
+    a["Male"] = bool(rng.random() < 0.5)
+    for exclusive in (list(HAIR), FORM, FRONT):
+        a |= dict.fromkeys(exclusive, False) | {str(rng.choice(exclusive)): True}
+    without = ["Heavy_Makeup"] if a["Male"] else ["Mustache", "Bald"]
+    without += ["Wearing_Hat", *HAIR, *FORM, *FRONT] if a["Bald"] and a["Male"] else []
+    without += FRONT if a["Wearing_Hat"] else []
+    return {name: a[name] and name not in without for name in ATTRIBUTES}
+
+
+def shapes_of(a, w, skin, hair, clothes, hat):
+    """The face with attributes a, half-width w: rows (when, in_mask, shape, box, colour, options).
+
+    From back to front on a square of 128 with x = 0 in the middle. As in CelebAMask-HQ everything
+    but the skin, and what is on it, belongs to the mask. Shapes right of the middle are mirrored.
+    """
+    man, bald, smile, opened = a["Male"], a["Bald"], a["Smiling"], a["Mouth_Slightly_Open"]
+    end, shoulder, neck = (68, 47, 18) if man else (108, 35, 10)
+    corner = dict(radius=10 if man else 24)
+    shade, brow = tuple(int(0.8 * c) for c in skin), tuple(c // 2 for c in hair)
+    lips = (205, 20, 55) if a["Heavy_Makeup"] else (176, 88, 84)
+    top = dict(start=222, end=318) if a["Receding_Hairline"] else dict(start=200, end=340)
+    bushy, grin, curl = a["Bushy_Eyebrows"], dict(start=10, end=170), w - 6
+    return [
+        (not bald, 1, "ellipse", (-w - 7, 17, w + 7, 82), hair, {}),
+        (a["Straight_Hair"], 1, "rectangle", (w - 6, 46, w + 9, end), hair, {}),
+        *((a["Wavy_Hair"], 1, "ellipse", (curl + y % 8, y, curl + 15 + y % 8, y + 15), hair, {})
+          for y in range(26, end - 8, 12)),
+        (True, 1, "rounded_rectangle", (-shoulder, 106, shoulder, 150), clothes, corner),
+        (True, 1, "rectangle", (-neck, 86, neck, 111), shade, {}),
+        (True, 1, "ellipse", (w - 3, 56, w + 6, 74), shade, {}),  # ears
+        (True, 0, "ellipse", (-w, 26, w, 102), skin, {}),
+        (man, 0, "rounded_rectangle", (2 - w, 62, w - 2, 103), skin, dict(radius=11)),  # jaw
+        (not bald, 1, "chord", (-w - 2, 20, w + 2, 84), hair, top),
+        (a["Bangs"], 1, "chord", (-w, 24, w, 84), hair, dict(start=182, end=358)),
+        (a["Heavy_Makeup"], 0, "ellipse", (5, 53, 23, 66), (120, 70, 190), {}),
+        (a["Heavy_Makeup"], 0, "ellipse", (12, 72, 25, 82), (238, 120, 130), {}),
+        (a["Eyeglasses"], 1, "rectangle", (-8, 59, 8, 62), "black", {}),
+        (a["Eyeglasses"], 1, "ellipse", (3, 52, 25, 72), "black", {}),
+        (a["Eyeglasses"], 1, "ellipse", (6, 55, 22, 69), (175, 205, 225), {}),
+        (True, 1, "rectangle", (7, 46, 21, 53) if bushy else (7, 49, 21, 50), brow, {}),
+        (True, 1, "ellipse", (8, 57, 20, 66), "white", {}),
+        (True, 1, "ellipse", (11, 57, 17, 66), (40, 40, 70), {}),
+        (True, 1, "ellipse", (-4, 66, 4, 77), (150, 95, 75), {}),  # nose
+        (smile, 1, "chord", (-17, 70, 17, 97 if opened else 93), lips, grin),
+        (smile and opened, 1, "chord", (-12, 76, 12, 93), "white", grin),
+        (not smile, 1, "ellipse", (-9, 81, 9, 95 if opened else 87), lips, {}),
+        (not smile and opened, 1, "ellipse", (-6, 84, 6, 92), (70, 10, 20), {}),
+        (a["Mustache"], 0, "rectangle", (-14, 77, 14, 82), brow, {}),
+        (a["Wearing_Hat"], 1, "rounded_rectangle", (-29, 4, 29, 40), hat, dict(radius=10)),
+        (a["Wearing_Hat"], 1, "rectangle", (-41, 34, 41, 42), hat, {}),
+    ]
+
+
+def draw_face(a, rng, size):
+    """Picture (size, size, 3) and mask (size, size) of a face with attributes a, {name: bool}.
+
+    What they leave open (background, clothes, hat, tone, place, build) comes from rng.
+    """
+    background, clothes, hat = (tuple(rng.integers(30, 226, 3).tolist()) for _ in range(3))
+    dx, dy, w = (int(rng.integers(*ends)) for ends in ((62, 67), (-2, 3), (26, 31)))
+    tone, shade = 0.55 + 0.45 * rng.random(), 0.9 + 0.2 * rng.random()
+    skin = (250, 226, 214) if a["Pale_Skin"] else tuple(int(c * tone) for c in (214, 158, 116))
+    colour = next(colour for name, colour in HAIR.items() if not name or a[name])
+    hair = tuple(min(255, int(c * shade)) for c in colour)
+    layers = Image.new("RGB", (128, 128), background), Image.new("L", (128, 128))
+    pens = [ImageDraw.Draw(layer) for layer in layers]
+    shapes = shapes_of(a, w, skin, hair, clothes, hat)
+    for when, in_mask, shape, (x0, y0, x1, y1), fill, options in shapes:
+        for left, right in [(x0, x1), (-x1, -x0)][: when * (1 + (x0 > 0))]:
+            box = (left + dx, y0 + dy, right + dx, y1 + dy)
+            for pen, colour in zip(pens, (fill, 255 * in_mask)):
+                getattr(pen, shape)(box, fill=colour, **options)
+    picture, mask = (np.asarray(x.resize((size, size), Image.Resampling.BOX)) for x in layers)
+    return picture, mask > 127
+
+
+def draw_faces(size):
+    """{split: {modality: uint8 (N, ...)}} of drawn faces, the same at every run."""
+    data = {}
+    for k, (split, n) in enumerate(FACES.items()):
+        rng, faces = np.random.default_rng(k), []
+        for _ in tqdm(range(n), f"drawing faces to {split}", unit=" faces"):
+            a = draw_attributes(rng)
+            faces.append((*draw_face(a, rng, size), list(a.values())))
+        data[split] = as_tensors(faces)
+    return data
+
+
+# ---- CelebAMask-HQ as released -------------------------------------------------------------------
+
+def as_tensors(faces):
+    """[(picture (H, W, 3), mask (H, W), attributes (18,)), ...] -> {modality: uint8 (N, ...)}."""
+    image, mask, attributes = (torch.from_numpy(np.stack(x).astype(np.uint8)) for x in zip(*faces))
+    return {"image": image.permute(0, 3, 1, 2), "mask": mask[:, None], "attributes": attributes}
+
+
+def read_attributes(path):
+    """CelebAMask-HQ-attribute-anno.txt -> {k: [18 bools]}; it says which pictures there are."""
+    _, names, *lines = (line.split() for line in path.read_text().splitlines())
+    if missing := [name for name in ATTRIBUTES if name not in names]:
+        raise InputError(f"{path} lacks {', '.join(missing)}: take the file as released")
+    listed = {}
+    for number, (name, *values) in enumerate(lines, 3):
+        if len(values) != len(names) or not set(values) <= {"1", "-1"}:
+            raise InputError(f"{path}, line {number}: it needs {len(names)} values 1 or -1")
+        listed[int(name.removesuffix(".jpg"))] = [values[names.index(a)] == "1" for a in ATTRIBUTES]
+    return listed
+
+
+def read_face(folder, k, size):
+    """Picture (size, size, 3) and mask (size, size) of face k: all parts but skin united (§4.2)."""
+    masks = folder / "CelebAMask-HQ-mask-anno" / f"{k // 2000}"
+    parts = (path for part in PARTS if (path := masks / f"{k:05d}_{part}.png").exists())
+    layers = []
+    for path in [folder / "CelebA-HQ-img" / f"{k}.jpg", *parts]:
+        try:
+            with Image.open(path) as file:
+                layers.append(file.convert("L" if layers else "RGB"))
+        except OSError as problem:
+            raise InputError(f"{path} cannot be read ({problem}): unpack it again") from problem
+    union = Image.fromarray(np.maximum.reduce([np.asarray(layer) for layer in layers[1:]]))
+    small = [np.asarray(x.resize((size, size), Image.Resampling.BOX)) for x in (layers[0], union)]
+    return small[0], small[1] > 127
+
+
+def read_faces(folder, size):
+    """{split: {modality: uint8 (N, ...)}}, decoded once and then read from a cache in the folder.
+
+    The split is CelebA's own, by the index there that CelebA-HQ-to-CelebA-mapping.txt gives.
+    """
+    names = "attribute-anno.txt", "mask-anno"
+    anno, masks = (folder / f"CelebAMask-HQ-{name}" for name in names)
+    mapping, cache = folder / "CelebA-HQ-to-CelebA-mapping.txt", folder / f"diffmvae-{size}.pt"
+    for path in (anno, masks, mapping, folder / "CelebA-HQ-img"):
+        if not path.exists():
+            raise InputError(f"{path} is missing: --data is the folder CelebAMask-HQ as released")
+    attributes = read_attributes(anno)
+    saved = torch.load(cache, weights_only=True) if cache.exists() else {}
+    if saved.get("attributes") == attributes:
+        return saved["data"]
+    origin = dict(line.split()[:2] for line in mapping.read_text().splitlines()[1:])
+    faces = {"train": [], "validation": [], "test": []}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = pool.map(lambda k: read_face(folder, k, size), attributes)
+        decoded = tqdm(decoded, "decoding faces", len(attributes), unit=" faces")
+        for k, face in zip(attributes, decoded):
+            i = int(origin[str(k)])
+            split = "train" if i < 162_771 else "validation" if i < 182_638 else "test"
+            faces[split].append((*face, attributes[k]))
+    data = {split: as_tensors(part) for split, part in faces.items() if part}
+    save_checkpoint(cache, {"attributes": attributes, "data": data})
+    return data
+
+
+# ---- The three modalities, and both stages of training ------------------------------------------
+
+def batch(data, i=slice(None)):
+    """Examples i as the networks see them: pictures in [−1, 1], masks and attributes 0 or 1."""
+    return {name: x[i] / 127.5 - 1 if name == "image" else x[i].float() for name, x in data.items()}
+
+
+def build(s):
+    """The untrained model and latent prior for settings s (§4.2)."""
+    D, size, n = s.latent_dim, s.size, len(ATTRIBUTES)
+    widths = [s.encoder_channels * min(2**i, 8) for i in range(int(math.log2(size / 4)))]  # to 4 px
+    narrow = [width // 2 for width in widths]  # masks are simple
+    if s.decoder == "diffusion":
+        attention = [level for level in range(len(s.multipliers)) if size >> level == s.attention]
+        unet = UNet(2, 3, s.channels, s.multipliers, 2, attention, dropout=s.dropout, z_dim=D)
+        image = Diffusion(unet, (3, size, size), weighting=s.weighting)
+    else:
+        image = FeedForward(ConvDecoder(3, size, D, widths), CalibratedGaussian())
+    encoders = {"image": ConvEncoder(3, size, D, widths), "mask": ConvEncoder(1, size, D, narrow),
+                "attributes": Encoder(mlp(n, 256, 256, 2 * D))}
+    decoders = {"image": image, "mask": FeedForward(ConvDecoder(1, size, D, narrow), bernoulli),
+                "attributes": FeedForward(mlp(D, 256, 256, n), bernoulli)}
+    model = DiffMVAE(encoders, decoders, s.family, s.beta, {"attributes": s.attribute_weight})
+    prior = LatentPrior(UNet(2, 1, 2 * s.channels, (1, 2)), (1, math.isqrt(D), math.isqrt(D)))
+    return model.to(s.device, memory_format=torch.channels_last), prior.to(s.device)
+
+
+def train(s, data):
+    """Diff-MVAE (§3.2), then the latent prior (§3.4): both, averaged, and their seconds."""
+    model, prior = build(s)
+    rates = [(part, s.vae_rate) for name, part in model.decoders.items() if name != "image"]
+    rates += [(model.encoders, s.vae_rate), (model.decoders["image"], s.rate)]
+    objective = "ELBO" if s.is_bound and s.beta == s.attribute_weight == 1 else "surrogate"
+    terms = lambda i: model.elbo(batch(data, i)).terms(objective)
+    preview = lambda averaged: draw(Path(s.out) / "preview.png", averaged, batch(data, slice(6)))
+    model, seconds = fit(model, terms, len(data["image"]), "model", s, rates, preview)
+    mu, logvar = in_batches(lambda x: model.posterior(batch(x)), data, "encoding")  # (N, D)
+    prior.standardise(mu, logvar)
+    terms = lambda i: {"surrogate": prior.log_prob(sample_gaussian(mu[i], logvar[i]))}
+    prior, prior_seconds = fit(prior, terms, len(mu), "prior", s, [(prior, s.rate)])
+    return model, prior, {"model": seconds, "prior": prior_seconds}
+
+
+def load(out, device="cpu"):
+    """(model, prior) that a finished run left in the folder out, ready to use."""
+    saved = [torch.load(Path(out) / f"{stage}.pt", device, weights_only=True) for stage in STAGES]
+    pair = build(Settings(**saved[0]["settings"], device=device))
+    for part, state in zip(pair, saved):
+        part.load_state_dict(state["averaged"])
+        part.eval().requires_grad_(False)
+    return pair
+
+
+# ---- Measuring (Table 3), drawing (Figures 5 and 6), and the run --------------------------------
+
+CONDITIONS = {"from all": ("image", "mask", "attributes"), "from the image": ("image",),
+              "from mask + attributes": ("mask", "attributes"), "from the mask": ("mask",),
+              "from the attributes": ("attributes",)}
+
+
+def infer(model, faces, given):
+    """z ~ q(z|x_o), x_o the given modalities of faces (§3.3): (B, D)."""
+    return sample_gaussian(*model.posterior({name: faces[name] for name in given}))
+
+
+def table3(model, train, test):
+    """Table 3's F1, {modality: {given: score}}, beside the best that ignores the input."""
+    scores = {"attributes": {}, "mask": {}}
+    for target, other in (("attributes", "mask"), ("mask", "attributes")):
+        for label, given in (("both others", ("image", other)), ("the image", ("image",))):
+            predict = lambda x: [model.decoders[target].sample(infer(model, batch(x), given))]
+            (predicted,) = in_batches(predict, test, f"{target} given {label}")
+            scores[target][label] = f1_score(predicted, test[target])
+        scores[target]["nothing"] = best_constant_f1(train[target], test[target])
+    return scores
+
+
+def nats(model, test):
+    """Eq. 5 by its terms, averaged over test, and the image's term in bits per dimension."""
+    terms = in_batches(lambda x: model.full_elbo(batch(x)).terms().values(), test, "ELBO")
+    named = dict(zip(["ELBO", *model.decoders, "KL"], (term.mean().item() for term in terms)))
+    bits = bits_per_dim(named["image"], test["image"][0].numel())
+    return named | {"image, bits per dimension": bits}
+
+
+@torch.no_grad()
+def draw(path, model, faces, prior=None):
+    """Rows: real faces, generated given each condition and, with the prior, given nothing."""
+    z = {label: infer(model, faces, given) for label, given in CONDITIONS.items()}
+    if prior:
+        z["unconditional, latent prior"] = prior.sample(len(faces["image"]))
+        z["unconditional, N(0, I)"] = torch.randn_like(z["from all"])
+    rows = {"real": faces["image"], "real masks": 2 * faces["mask"] - 1}
+    for label in tqdm(z, path.stem, unit=" rows", leave=False):
+        rows[label] = model.decoders["image"].sample(z[label])
+    save_grid(path, rows)
+
+
+def run(s):
+    """Data, both stages of training, Table 3 on the screen, results.json, samples.png."""
+    if not s.data:
+        print("These faces are drawn; --data CelebAMask-HQ takes real ones (see README.md).")
+    data = read_faces(Path(s.data), s.size) if s.data else draw_faces(s.size)
+    data = {split: {k: x.to(s.device) for k, x in part.items()} for split, part in data.items()}
+    model, prior, seconds = train(s, data["train"])
+    torch.manual_seed(s.seed)
+    f1 = table3(model, data["train"], data["test"])
+    print(f"\n{'F1, given':<16} {'attributes':>14} {'mask':>8}")
+    for given, score in f1["attributes"].items():
+        print(f"{given:<16} {score:14.3f} {f1['mask'][given]:8.3f}")
+    bound = nats(model, data["test"]) if s.is_bound else {}
+    for name, value in bound.items():
+        print(f"{name:<26} {value:12,.2f}")
+    draw(Path(s.out) / "samples.png", model, batch(data["test"], slice(10)), prior)
+    save_results(s, {"F1": f1, "nats": bound, "seconds": seconds})
+
+
+if __name__ == "__main__":
+    main(run, Settings, __doc__)
