@@ -51,7 +51,6 @@ from tqdm import tqdm
 
 # ---- 1  Gaussian algebra (§2, §3.2, §3.3) --------------------------------------------------------
 
-
 def product_of_experts(mu, logvar, present=None):
     """∏_i N(z; μ_i, σ_i²) up to a constant (§3.3): precisions add, means are weighted by precision.
 
@@ -97,7 +96,6 @@ def sample_gaussian(mu, logvar):
 
 
 # ---- 2  Forward SDE (§3.1) -----------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class VPSDE:
@@ -177,7 +175,6 @@ def euler_maruyama(eps_model, x, sde, steps):
 
 
 # ---- 4  Score matching as a log-likelihood bound (Eqs. 1 and 2) ----------------------------------
-
 
 def stratified(n, device=None):
     """(n,) numbers, each uniform on [0, 1), evenly spread: same expectations, less variance."""
@@ -268,6 +265,7 @@ class Diffusion(nn.Module):
 # ---- 5  Networks (§4.1, §4.2) --------------------------------------------------------------------
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 
 
 def group_norm(channels):
@@ -345,7 +343,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, dims, channels, width, multipliers, blocks=2, attention=(), heads=8,
-                 dropout=0.0, z_dim=0):
+                 dropout=0.0, z_dim=0, patch=1):
         super().__init__()
         widths, c, e = [width * m for m in multipliers], width, max(256, 4 * width)
         here = lambda level: heads if level in attention else 0
@@ -354,7 +352,7 @@ class UNet(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.embed_time = nn.Sequential(nn.Linear(2 * (width // 2), e), nn.SiLU(), nn.Linear(e, e))
         self.embed_z = nn.Linear(z_dim, e) if z_dim else None
-        self.stem = CONV[dims](channels, c, 3, padding=1)
+        self.stem = CONV[dims](channels, c, patch + 2, stride=patch, padding=1)
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [c]
         for level, w in enumerate(widths):
             stage = nn.ModuleList(block(c if i == 0 else w, w, level) for i in range(blocks))
@@ -372,7 +370,7 @@ class UNet(nn.Module):
                 c = w
             double = CONV[dims](w, w, 3, padding=1) if level else None
             self.up.append(nn.ModuleList([stage, double]))
-        last = zeroed(CONV[dims](c, channels, 3, padding=1))
+        last = zeroed(TRANSPOSED[dims](c, channels, patch + 2, stride=patch, padding=1))
         self.out = nn.Sequential(group_norm(c), nn.SiLU(), last)
 
     def forward(self, x, log_snr, z=None):
@@ -442,7 +440,6 @@ def mlp(*widths):
 
 
 # ---- 6  The multimodal ELBO (Eqs. 3 to 5) --------------------------------------------------------
-
 
 def bernoulli(logits):
     """The likelihood of masks and attributes."""
@@ -580,7 +577,6 @@ class DiffMVAE(nn.Module):
 
 # ---- 7  Latent prior (§3.4) ----------------------------------------------------------------------
 
-
 class LatentPrior(Diffusion):
     """ε-matching (Eq. 1) on z_0 ~ q(z|x) = ∏_i q(z|x_i): where unconditional z come from.
 
@@ -608,7 +604,6 @@ class LatentPrior(Diffusion):
 
 
 # ---- 8  Training ---------------------------------------------------------------------------------
-
 
 STAGES = ("model", "prior")
 WARMUP, CLIP = 100, 1.0  # steps over which the learning rate rises; largest norm of the gradient
@@ -654,9 +649,8 @@ class Options:
             drawn, real = f.metadata["drawn"], f.metadata["real"]
             default = f"{drawn}" if drawn == real else f"{drawn} drawn, {real} real"
             note = "" if drawn in (None, "") else f" (default: {default})"
-            flag = "--" + f.name.replace("_", "-")
-            note = f.metadata["help"] + note
-            parser.add_argument(flag, type=f.type, help=note, **f.metadata["flag"])
+            flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"] + note
+            parser.add_argument(flag, type=f.type, help=help, **f.metadata["flag"])
         return cls(**vars(parser.parse_args()))
 
     def shared(self, stage):
@@ -744,7 +738,9 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
             for group, (_, rate) in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * min(1, (step + 1) / WARMUP)
             optimizer.step()
-            torch._foreach_lerp_(averages, weights, 1 - min(options.ema, (1 + step) / (10 + step)))
+            with torch.no_grad():
+                keep = min(options.ema, (1 + step) / (10 + step))
+                torch._foreach_lerp_(averages, weights, 1 - keep)
             step += 1
             bar.update()
             due = stop or step == steps or step % interval == 0
@@ -764,7 +760,6 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
 
 
 # ---- 9  Measures and pictures (§4) ---------------------------------------------------------------
-
 
 def f1_score(predicted, actual):
     """Sample-average F1 (§4.2): 2 TP / (2 TP + FP + FN) of each example, 0 where both are empty.
@@ -845,6 +840,6 @@ def main(run, options, description):
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     try:
         run(options.parse(description))
-    except InputError as problem:
+    except (InputError, FloatingPointError) as problem:
         print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -38,7 +38,7 @@ class Settings(Options):
 
     out: str = option("runs/drawn", "folder for checkpoints, numbers and pictures", "runs/celeba")
     size: int = option(32, "side of the pictures in pixels", 128)
-    steps: int = option(2000, "training steps of Diff-MVAE", 100_000)
+    steps: int = option(3600, "training steps of Diff-MVAE", 100_000)
     prior_steps: int = option(1500, "training steps of the latent prior", 50_000)
     batch_size: int = option(8, "examples in a step", 64)
     weighting: str = option("simple", "likelihood: Diff-MVAE, a bound; simple: Diff-MVAE*",
@@ -49,9 +49,10 @@ class Settings(Options):
     beta: float = option(None, "weight of the KL (default: 1 for a bound, 0.1 for the surrogate)")
     attribute_weight: float = option(None, "weight of their log-likelihood (default: 1 or 10)")
     latent_dim: int = option(64, "dimensions of z, a square number", 256)
-    channels: int = option(16, "channels of the UNet at full size", 128)
-    multipliers: int = option((1, 2, 4), "of them at each halving", (1, 2, 2, 3, 4), nargs="+")
-    attention: int = option(8, "side in pixels at which the UNet attends", 16)
+    patch: int = option(2, "side in pixels of what the UNet takes for one pixel", 1)
+    channels: int = option(32, "channels of the UNet at its first level", 128)
+    multipliers: int = option([1, 2], "of them at each halving", [1, 2, 2, 3, 4], nargs="+")
+    attention: int = option(0, "side at which the UNet attends, besides its middle", 16)
     dropout: float = option(0.0, "in the UNet", 0.1)
     encoder_channels: int = option(16, "channels of the encoders at half size", 64)
     rate: float = option(1e-3, "learning rate of the image decoder and the latent prior", 1e-4)
@@ -59,7 +60,6 @@ class Settings(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        self.multipliers = tuple(self.multipliers)
         self.is_bound = self.decoder == "feedforward" or self.weighting == "likelihood"  # in nats
         beta, weight = (1.0, 1.0) if self.is_bound else (0.1, 10.0)
         self.beta = beta if self.beta is None else self.beta
@@ -93,18 +93,17 @@ def shapes_of(a, w, skin, hair, clothes, hat):
     but the skin, and what is on it, belongs to the mask. Shapes right of the middle are mirrored.
     """
     man, bald, smile, opened = a["Male"], a["Bald"], a["Smiling"], a["Mouth_Slightly_Open"]
-    end, shoulder, neck = (68, 47, 18) if man else (108, 35, 10)
-    corner = dict(radius=10 if man else 24)
+    end, shoulder, neck, corner = (68, 47, 18, 10) if man else (108, 35, 10, 24)
     shade, brow = tuple(int(0.8 * c) for c in skin), tuple(c // 2 for c in hair)
     lips = (205, 20, 55) if a["Heavy_Makeup"] else (176, 88, 84)
     top = dict(start=222, end=318) if a["Receding_Hairline"] else dict(start=200, end=340)
-    bushy, grin, curl = a["Bushy_Eyebrows"], dict(start=10, end=170), w - 6
+    bushy, grin, curl, bend = a["Bushy_Eyebrows"], dict(start=10, end=170), w - 6, dict(radius=corner)
     return [
         (not bald, 1, "ellipse", (-w - 7, 17, w + 7, 82), hair, {}),
         (a["Straight_Hair"], 1, "rectangle", (w - 6, 46, w + 9, end), hair, {}),
         *((a["Wavy_Hair"], 1, "ellipse", (curl + y % 8, y, curl + 15 + y % 8, y + 15), hair, {})
           for y in range(26, end - 8, 12)),
-        (True, 1, "rounded_rectangle", (-shoulder, 106, shoulder, 150), clothes, corner),
+        (True, 1, "rounded_rectangle", (-shoulder, 106, shoulder, 150), clothes, bend),
         (True, 1, "rectangle", (-neck, 86, neck, 111), shade, {}),
         (True, 1, "ellipse", (w - 3, 56, w + 6, 74), shade, {}),  # ears
         (True, 0, "ellipse", (-w, 26, w, 102), skin, {}),
@@ -207,8 +206,7 @@ def read_faces(folder, size):
 
     The split is CelebA's own, by the index there that CelebA-HQ-to-CelebA-mapping.txt gives.
     """
-    names = "attribute-anno.txt", "mask-anno"
-    anno, masks = (folder / f"CelebAMask-HQ-{name}" for name in names)
+    anno, masks = folder / "CelebAMask-HQ-attribute-anno.txt", folder / "CelebAMask-HQ-mask-anno"
     mapping, cache = folder / "CelebA-HQ-to-CelebA-mapping.txt", folder / f"diffmvae-{size}.pt"
     for path in (anno, masks, mapping, folder / "CelebA-HQ-img"):
         if not path.exists():
@@ -221,8 +219,7 @@ def read_faces(folder, size):
     faces = {"train": [], "validation": [], "test": []}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = pool.map(lambda k: read_face(folder, k, size), attributes)
-        decoded = tqdm(decoded, "decoding faces", len(attributes), unit=" faces")
-        for k, face in zip(attributes, decoded):
+        for k, face in zip(attributes, tqdm(decoded, "decoding faces", len(attributes))):
             i = int(origin[str(k)])
             split = "train" if i < 162_771 else "validation" if i < 182_638 else "test"
             faces[split].append((*face, attributes[k]))
@@ -244,8 +241,9 @@ def build(s):
     widths = [s.encoder_channels * min(2**i, 8) for i in range(int(math.log2(size / 4)))]  # to 4 px
     narrow = [width // 2 for width in widths]  # masks are simple
     if s.decoder == "diffusion":
-        attention = [level for level in range(len(s.multipliers)) if size >> level == s.attention]
-        unet = UNet(2, 3, s.channels, s.multipliers, 2, attention, dropout=s.dropout, z_dim=D)
+        sides = [size // s.patch >> level for level in range(len(s.multipliers))]
+        attention = [level for level, side in enumerate(sides) if side == s.attention]
+        unet = UNet(2, 3, s.channels, s.multipliers, 2, attention, 8, s.dropout, D, s.patch)
         image = Diffusion(unet, (3, size, size), weighting=s.weighting)
     else:
         image = FeedForward(ConvDecoder(3, size, D, widths), CalibratedGaussian())
@@ -254,12 +252,13 @@ def build(s):
     decoders = {"image": image, "mask": FeedForward(ConvDecoder(1, size, D, narrow), bernoulli),
                 "attributes": FeedForward(mlp(D, 256, 256, n), bernoulli)}
     model = DiffMVAE(encoders, decoders, s.family, s.beta, {"attributes": s.attribute_weight})
-    prior = LatentPrior(UNet(2, 1, 2 * s.channels, (1, 2)), (1, math.isqrt(D), math.isqrt(D)))
+    prior = LatentPrior(UNet(2, 1, s.channels, (1, 2)), (1, math.isqrt(D), math.isqrt(D)))
     return model.to(s.device, memory_format=torch.channels_last), prior.to(s.device)
 
 
 def train(s, data):
     """Diff-MVAE (§3.2), then the latent prior (§3.4): both, averaged, and their seconds."""
+    torch.manual_seed(s.seed)
     model, prior = build(s)
     rates = [(part, s.vae_rate) for name, part in model.decoders.items() if name != "image"]
     rates += [(model.encoders, s.vae_rate), (model.decoders["image"], s.rate)]
