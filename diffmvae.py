@@ -24,7 +24,7 @@ The file follows the paper from top to bottom. Its notation:
     §4, UNet, Soft-IntroVAE networks     UNet, ConvEncoder, ConvDecoder
     §4.2, F1, Fréchet distance           f1_score, frechet_distance
 
-Where the code departs from the printed paper it says so on the spot, under the word "Deviation".
+Departures from the paper's formulas are marked "Deviation"; README.md lists these and the rest.
 """
 
 import argparse
@@ -270,7 +270,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 
 def group_norm(channels):
     """At least four channels a group, at most 32 groups."""
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 4), channels), channels)
 
 
 def zeroed(layer):
@@ -337,9 +337,10 @@ class UNetBlock(nn.Module):
 class UNet(nn.Module):
     """v(x_t, ℓ, z) in 1-D (CUB's latent prior) or 2-D (images, CelebA's latent prior).
 
-    x: (B, channels, L) or (B, channels, H, W), sides divisible by 2^(levels − 1). log_snr: (B,).
-    z: (B, z_dim), or None if z_dim = 0. Both condition every block through adaptive group norm
-    (Preechakul et al. 2022). attention: the levels that have it, 0 the finest; the middle has.
+    x: (B, channels, L) or (B, channels, H, W), sides divisible by patch · 2^(levels − 1). log_snr:
+    (B,). z: (B, z_dim), or None if z_dim = 0. Both condition every block by adaptive group norm
+    (Preechakul et al. 2022). attention: the levels that have it, 0 the finest; the middle has. The
+    first layer makes one position of a patch and the last undoes it (Hoogeboom et al. 2023).
     """
 
     def __init__(self, dims, channels, width, multipliers, blocks=2, attention=(), heads=8,
@@ -370,8 +371,8 @@ class UNet(nn.Module):
                 c = w
             double = CONV[dims](w, w, 3, padding=1) if level else None
             self.up.append(nn.ModuleList([stage, double]))
-        last = zeroed(TRANSPOSED[dims](c, channels, patch + 2, stride=patch, padding=1))
-        self.out = nn.Sequential(group_norm(c), nn.SiLU(), last)
+        output = zeroed(TRANSPOSED[dims](c, channels, patch + 2, stride=patch, padding=1))
+        self.out = nn.Sequential(group_norm(c), nn.SiLU(), output)
 
     def forward(self, x, log_snr, z=None):
         angles = log_snr[:, None] * self.frequencies  # (B, width/2)
@@ -443,7 +444,7 @@ def mlp(*widths):
 
 def bernoulli(logits):
     """The likelihood of masks and attributes."""
-    return Bernoulli(logits=logits)
+    return Bernoulli(logits=logits, validate_args=False)  # no synchronisation; fit checks the loss
 
 
 class CalibratedGaussian(nn.Module):
@@ -454,7 +455,7 @@ class CalibratedGaussian(nn.Module):
         self.logvar = nn.Parameter(torch.zeros(()))
 
     def forward(self, mean):
-        return Normal(mean, (0.5 * self.logvar).exp())
+        return Normal(mean, (0.5 * self.logvar).exp(), validate_args=False)
 
 
 class FeedForward(nn.Module):
@@ -468,7 +469,7 @@ class FeedForward(nn.Module):
 
     def log_prob(self, x, z):
         """log p(x|z) in nats, summed over dimensions: (B, ...), (B, D) -> (B,)."""
-        return self.likelihood(in_bf16(self.net, z)).log_prob(x).view(len(z), -1).sum(1)
+        return self.likelihood(in_bf16(self.net, z)).log_prob(x).reshape(len(z), -1).sum(1)
 
     @torch.no_grad()
     def sample(self, z):
@@ -555,7 +556,7 @@ class DiffMVAE(nn.Module):
         """
         if A is not None and not (A.any() or self.prior_expert):
             raise ValueError("A is empty: only the prior expert allows a subset of nothing")
-        family = self.subsets if A is None else A[None]  # (S, M)
+        family = self.subsets if A is None else A[None].to(self.subsets)  # (S, M)
         mu, logvar = self.experts(x)  # (B, M, D)
         mu, logvar = self.fuse(mu[:, None], logvar[:, None], family)  # (B, S, D)
         kl = kl_divergence(mu, logvar).mean(1)  # (B,)  Σ_A ω_A KL(q(z|x_A) ‖ p(z))
@@ -564,11 +565,11 @@ class DiffMVAE(nn.Module):
         return ELBO(log_prob, kl, self.beta, self.weights)
 
     def full_elbo(self, x):
-        """Eq. 5 with every decoder run for every subset: no draw of subsets, for evaluation."""
+        """The bound itself, β = 1 and no weights, with every decoder run for every subset."""
         each = [self.elbo(x, A) for A in self.subsets]
         mean = lambda terms: torch.stack(list(terms)).mean(0)
         log_prob = {name: mean(e.log_prob[name] for e in each) for name in self.decoders}
-        return ELBO(log_prob, mean(e.kl for e in each), self.beta, self.weights)
+        return ELBO(log_prob, mean(e.kl for e in each), 1.0, {})
 
     def decode(self, z):
         """A sample of every modality, {name: (B, ...)}; z may come from a posterior or a prior."""
@@ -657,7 +658,7 @@ class Options:
         """What a checkpoint and a run that goes on from it must have in common."""
         free = {"out", "device", "prior_steps"} | ({"steps"} if stage == "model" else set())
         fixed = {k: v for k, v in asdict(self).items() if k not in free}
-        return fixed | {"data": Path(self.data).name}
+        return fixed | {"data": self.data and Path(self.data).resolve().name}
 
 
 def save_checkpoint(path, state):
@@ -673,7 +674,8 @@ def restore(path, settings, parts, device):
     was = state["settings"]
     if differ := [k for k in was | settings if was.get(k) != settings.get(k)]:
         changes = ", ".join(f"{k} was {was.get(k)!r} and is {settings.get(k)!r}" for k in differ)
-        raise InputError(f"{path} has other settings ({changes}): restore them or change --out")
+        cure = "restore them, remove the file, or change --out"
+        raise InputError(f"{path} has other settings ({changes}): {cure}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"], state["seconds"]
@@ -724,6 +726,8 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
     optimizer = torch.optim.Adam(groups, fused=True)
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     step, seconds = restore(path, settings, parts, options.device) if path.exists() else (0, 0.0)
+    if step > steps:
+        raise InputError(f"{path} has {step} steps, {steps} are asked for: give as many")
     weights, averages = list(model.parameters()), list(averaged.parameters())
     progress = tqdm(desc=stage, total=steps, initial=step, unit=" images", unit_scale=size)
     with interruptible() as stop, progress as bar:
@@ -734,7 +738,7 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
             named = {name: term.mean() for name, term in terms(indices).items()}
             optimizer.zero_grad()
             (-next(iter(named.values()))).backward()
-            nn.utils.clip_grad_norm_(weights, CLIP)
+            named["gradient"] = nn.utils.clip_grad_norm_(weights, CLIP)
             for group, (_, rate) in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * min(1, (step + 1) / WARMUP)
             optimizer.step()
@@ -751,7 +755,7 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
                 state = {"step": step, "seconds": seconds, "settings": settings}
                 states = {name: part.state_dict() for name, part in parts.items()}
                 save_checkpoint(path, state | states)
-            if stop:
+            if stop and due:
                 raise SystemExit(f"\nstopped after step {step}, saved in {path}: run it again")
             if due and preview:
                 preview(averaged)

@@ -164,6 +164,7 @@ def test_marginals_solve_the_sde(sde):
 
 @pytest.mark.parametrize("sde", [dm.VPSDE(), dm.VPSDE(beta_max=2.0)])
 def test_log_snr(sde):
+    assert dm.VPSDE() == dm.VPSDE(beta_min=0.1, beta_max=20.0, t_min=1e-4)  # as the authors have it
     t = torch.linspace(1e-4, 1, 1001, dtype=torch.float64, requires_grad=True)
     ell = sde.log_snr(t)
     torch.testing.assert_close(ell, (sde.alpha(t) ** 2 / sde.sigma(t) ** 2).log())
@@ -435,7 +436,11 @@ def test_diffusion_samples_with_its_own_sampler_and_start():
     calls.clear()
     bound.sample(z)
     assert len(calls) == 500
-    assert bound.sample(z, sampler=dm.ddim, steps=3).shape == (2, 1)
+    assert not torch.equal(bound.sample(z, noise=noise), bound.sample(z, noise=noise))  # it is random
+    calls.clear()
+    quick = bound.sample(z, noise=noise, sampler=dm.ddim, steps=3)
+    assert len(calls) == 3 and not quick.requires_grad
+    torch.testing.assert_close(quick, simple.sample(z, noise=noise, steps=3))
     with pytest.raises(ValueError, match="likelihood.*simple"):
         diffusion(eps, 1, sde, "uniform")
 
@@ -612,6 +617,13 @@ def test_beta_and_weights_scale_their_terms():
     elbo = dm.ELBO(terms, torch.tensor([2.0]), beta=0.5, weights={"b": 10})
     assert elbo.total.item() == -3 - 50 - 1
     assert list(elbo.terms("surrogate")) == ["surrogate", "a", "b", "KL"]
+    world = LinearGaussian()
+    model = dm.DiffMVAE(world.experts(True), world.decoders(), beta=0.5, weights={"b": 10}, prior_expert=True)
+    for elbo in (model.elbo(world.x), model.elbo(world.x, model.subsets[0])):
+        a, b, c = (elbo.log_prob[k] for k in "abc")
+        torch.testing.assert_close(elbo.total, a + 10 * b + c - 0.5 * elbo.kl)
+    bound = model.full_elbo(world.x)  # evaluation is of the bound itself
+    torch.testing.assert_close(bound.total, sum(bound.log_prob.values()) - bound.kl)
 
 
 def test_elbo_with_a_diffusion_decoder(sigma_points):
@@ -683,6 +695,31 @@ def test_every_subset_decodes_each_example_against_itself():
     for k in SIZES:
         torch.testing.assert_close(together.log_prob[k], sum(e.log_prob[k] for e in each) / 7)
     torch.testing.assert_close(together.kl, sum(e.kl for e in each) / 7)
+
+
+def test_gradients_reach_z_through_both_kinds_of_decoder():
+    torch.manual_seed(0)
+    mu, logvar = torch.randn(2, 6, requires_grad=True), torch.randn(2, 6, requires_grad=True)
+    torch.manual_seed(1)
+    z = dm.sample_gaussian(mu, logvar)
+    by_mu, by_logvar = torch.autograd.grad(z.sum(), (mu, logvar), retain_graph=True)
+    torch.testing.assert_close(by_mu, torch.ones(2, 6))
+    torch.testing.assert_close(by_logvar, 0.5 * (z - mu))
+    image = dm.Diffusion(dm.UNet(2, 3, 8, (1, 2), z_dim=6), (3, 8, 8))
+    nudge(image)
+    model = dm.DiffMVAE({"a": nn.Identity()}, {})
+    for decoder in (image, dm.FeedForward(dm.ConvDecoder(3, 8, 6, [8]), dm.CalibratedGaussian())):
+        term = model.reconstruction(decoder, torch.randn(2, 3, 8, 8), z[:, None])
+        assert torch.autograd.grad(term.sum(), z, retain_graph=True)[0].abs().min() > 0
+
+
+def test_pictures_and_vectors_have_the_same_bound():
+    """log_prob of (3, 2, 2) is that of the same numbers as (12,)."""
+    sde, x, eps, t = dm.VPSDE(), torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2), torch.rand(5) * 0.9 + 0.1
+    net = Denoiser(gaussian_eps(0.3, 0.5), sde)
+    picture = dm.Diffusion(net, (3, 2, 2), sde).log_prob(x, None, t, eps)
+    vector = dm.Diffusion(net, (12,), sde).log_prob(x.flatten(1), None, t, eps.flatten(1))
+    torch.testing.assert_close(picture, vector)
 
 
 def tiny(**options):
@@ -758,7 +795,7 @@ def test_latent_prior_standardises():
     torch.testing.assert_close(prior.mean, z.mean(0), rtol=0.02, atol=0.05)
     torch.testing.assert_close(prior.std, z.std(0), rtol=0.02, atol=0)
     prior.net = Denoiser(gaussian_eps(0.0, 1.0), prior.sde)  # exact for standardised z
-    samples = prior.sample(20_000, steps=200)
+    samples = prior.sample(20_000, noise=torch.randn(20_000, 1, 4), steps=200)
     torch.testing.assert_close(samples.mean(0), prior.mean, atol=0.12, rtol=0)
     torch.testing.assert_close(samples.std(0), prior.std, rtol=0.05, atol=0)
     noise = torch.randn(2, 1, 4)
@@ -828,6 +865,8 @@ def test_seeds_differ_by_step_stage_and_run():
 
 def test_other_settings_are_refused_by_name(tmp_path):
     toy(tmp_path, steps=2)
+    with pytest.raises(dm.InputError, match="has 2 steps, 1 are asked for"):
+        toy(tmp_path, steps=1)
     with pytest.raises(dm.InputError, match=r"seed was 0 and is 3"):
         toy(tmp_path, seed=3)
     assert toy(tmp_path, steps=3)  # more steps are welcome
@@ -1017,6 +1056,20 @@ def test_bad_input_is_named(released, what, message):
     damage(released, what)
     with pytest.raises(dm.InputError, match=message):
         celeba.read_faces(released, 16)
+
+
+@pytest.mark.parametrize("wrong", [{"latent_dim": 60}, {"latent_dim": 25}, {"size": 48}, {"size": 4}])
+def test_sizes_that_do_not_fit_are_refused(wrong):
+    with pytest.raises(dm.InputError, match="even number squared"):
+        celeba.build(celeba.Settings(device="cpu", **wrong))
+
+
+def test_settings_of_the_bound_and_of_the_surrogate():
+    bound, surrogate = celeba.Settings(weighting="likelihood", data="x"), celeba.Settings()
+    assert (bound.beta, bound.attribute_weight, bound.size, bound.latent_dim) == (1, 1, 128, 256)
+    assert (surrogate.beta, surrogate.attribute_weight, surrogate.size) == (0.1, 10, 32)
+    model, _ = celeba.build(tiny())
+    assert model.beta == 0.1 and model.weights == {"attributes": 10}
 
 
 def test_best_known_nats():

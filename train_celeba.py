@@ -48,7 +48,7 @@ class Settings(Options):
                           choices=("diffusion", "feedforward"))
     beta: float = option(None, "weight of the KL (default: 1 for a bound, 0.1 for the surrogate)")
     attribute_weight: float = option(None, "weight of their log-likelihood (default: 1 or 10)")
-    latent_dim: int = option(64, "dimensions of z, a square number", 256)
+    latent_dim: int = option(64, "dimensions of z, an even number squared", 256)
     patch: int = option(2, "side in pixels of what the UNet takes for one pixel", 1)
     channels: int = option(32, "channels of the UNet at its first level", 128)
     multipliers: int = option([1, 2], "of them at each halving", [1, 2, 2, 3, 4], nargs="+")
@@ -80,9 +80,8 @@ def draw_attributes(rng):
     a["Male"] = bool(rng.random() < 0.5)
     for exclusive in (list(HAIR), FORM, FRONT):
         a |= dict.fromkeys(exclusive, False) | {str(rng.choice(exclusive)): True}
-    without = ["Heavy_Makeup"] if a["Male"] else ["Mustache", "Bald"]
+    without = (["Heavy_Makeup"] if a["Male"] else ["Mustache", "Bald"]) + FRONT * a["Wearing_Hat"]
     without += ["Wearing_Hat", *HAIR, *FORM, *FRONT] if a["Bald"] and a["Male"] else []
-    without += FRONT if a["Wearing_Hat"] else []
     return {name: a[name] and name not in without for name in ATTRIBUTES}
 
 
@@ -97,11 +96,11 @@ def shapes_of(a, w, skin, hair, clothes, hat):
     shade, brow = tuple(int(0.8 * c) for c in skin), tuple(c // 2 for c in hair)
     lips = (205, 20, 55) if a["Heavy_Makeup"] else (176, 88, 84)
     top = dict(start=222, end=318) if a["Receding_Hairline"] else dict(start=200, end=340)
-    bushy, grin, curl, bend = a["Bushy_Eyebrows"], dict(start=10, end=170), w - 6, dict(radius=corner)
+    bushy, grin, bend = a["Bushy_Eyebrows"], dict(start=10, end=170), dict(radius=corner)
     return [
         (not bald, 1, "ellipse", (-w - 7, 17, w + 7, 82), hair, {}),
         (a["Straight_Hair"], 1, "rectangle", (w - 6, 46, w + 9, end), hair, {}),
-        *((a["Wavy_Hair"], 1, "ellipse", (curl + y % 8, y, curl + 15 + y % 8, y + 15), hair, {})
+        *((a["Wavy_Hair"], 1, "ellipse", (w - 6 + y % 8, y, w + 9 + y % 8, y + 15), hair, {})
           for y in range(26, end - 8, 12)),
         (True, 1, "rounded_rectangle", (-shoulder, 106, shoulder, 150), clothes, bend),
         (True, 1, "rectangle", (-neck, 86, neck, 111), shade, {}),
@@ -154,6 +153,7 @@ def draw_face(a, rng, size):
 
 def draw_faces(size):
     """{split: {modality: uint8 (N, ...)}} of drawn faces, the same at every run."""
+    print("These faces are drawn; --data CelebAMask-HQ takes real ones (see README.md).")
     data = {}
     for k, (split, n) in enumerate(FACES.items()):
         rng, faces = np.random.default_rng(k), []
@@ -237,12 +237,14 @@ def batch(data, i=slice(None)):
 
 def build(s):
     """The untrained model and latent prior for settings s (§4.2)."""
-    D, size, n = s.latent_dim, s.size, len(ATTRIBUTES)
+    D, size, n, side = s.latent_dim, s.size, len(ATTRIBUTES), math.isqrt(s.latent_dim)
+    least = max(8, s.patch << len(s.multipliers) - 1)  # that the encoders and the UNet can halve
+    if side**2 != D or side % 2 or size < least or size & size - 1:
+        raise InputError(f"give --latent-dim an even number squared, --size a power of 2 ≥ {least}")
     widths = [s.encoder_channels * min(2**i, 8) for i in range(int(math.log2(size / 4)))]  # to 4 px
     narrow = [width // 2 for width in widths]  # masks are simple
     if s.decoder == "diffusion":
-        sides = [size // s.patch >> level for level in range(len(s.multipliers))]
-        attention = [level for level, side in enumerate(sides) if side == s.attention]
+        attention = [k for k in range(len(s.multipliers)) if size // s.patch >> k == s.attention]
         unet = UNet(2, 3, s.channels, s.multipliers, 2, attention, 8, s.dropout, D, s.patch)
         image = Diffusion(unet, (3, size, size), weighting=s.weighting)
     else:
@@ -252,7 +254,7 @@ def build(s):
     decoders = {"image": image, "mask": FeedForward(ConvDecoder(1, size, D, narrow), bernoulli),
                 "attributes": FeedForward(mlp(D, 256, 256, n), bernoulli)}
     model = DiffMVAE(encoders, decoders, s.family, s.beta, {"attributes": s.attribute_weight})
-    prior = LatentPrior(UNet(2, 1, s.channels, (1, 2)), (1, math.isqrt(D), math.isqrt(D)))
+    prior = LatentPrior(UNet(2, 1, s.channels, (1, 2)), (1, side, side))
     return model.to(s.device, memory_format=torch.channels_last), prior.to(s.device)
 
 
@@ -260,8 +262,8 @@ def train(s, data):
     """Diff-MVAE (§3.2), then the latent prior (§3.4): both, averaged, and their seconds."""
     torch.manual_seed(s.seed)
     model, prior = build(s)
-    rates = [(part, s.vae_rate) for name, part in model.decoders.items() if name != "image"]
-    rates += [(model.encoders, s.vae_rate), (model.decoders["image"], s.rate)]
+    rate = lambda part: s.rate if isinstance(part, Diffusion) else s.vae_rate
+    rates = [(part, rate(part)) for part in [model.encoders, *model.decoders.values()]]
     objective = "ELBO" if s.is_bound and s.beta == s.attribute_weight == 1 else "surrogate"
     terms = lambda i: model.elbo(batch(data, i)).terms(objective)
     preview = lambda averaged: draw(Path(s.out) / "preview.png", averaged, batch(data, slice(6)))
@@ -323,15 +325,13 @@ def draw(path, model, faces, prior=None):
         z["unconditional, latent prior"] = prior.sample(len(faces["image"]))
         z["unconditional, N(0, I)"] = torch.randn_like(z["from all"])
     rows = {"real": faces["image"], "real masks": 2 * faces["mask"] - 1}
-    for label in tqdm(z, path.stem, unit=" rows", leave=False):
-        rows[label] = model.decoders["image"].sample(z[label])
+    decode = model.decoders["image"].sample
+    rows |= {label: decode(z[label]) for label in tqdm(z, path.stem, leave=False)}
     save_grid(path, rows)
 
 
 def run(s):
     """Data, both stages of training, Table 3 on the screen, results.json, samples.png."""
-    if not s.data:
-        print("These faces are drawn; --data CelebAMask-HQ takes real ones (see README.md).")
     data = read_faces(Path(s.data), s.size) if s.data else draw_faces(s.size)
     data = {split: {k: x.to(s.device) for k, x in part.items()} for split, part in data.items()}
     model, prior, seconds = train(s, data["train"])
@@ -341,8 +341,7 @@ def run(s):
     for given, score in f1["attributes"].items():
         print(f"{given:<16} {score:14.3f} {f1['mask'][given]:8.3f}")
     bound = nats(model, data["test"]) if s.is_bound else {}
-    for name, value in bound.items():
-        print(f"{name:<26} {value:12,.2f}")
+    print("\n".join(f"{name:<26} {value:12,.2f}" for name, value in bound.items()))
     draw(Path(s.out) / "samples.png", model, batch(data["test"], slice(10)), prior)
     save_results(s, {"F1": f1, "nats": bound, "seconds": seconds})
 
