@@ -607,7 +607,8 @@ class LatentPrior(Diffusion):
 # ---- 8  Training ---------------------------------------------------------------------------------
 
 STAGES = ("model", "prior")
-WARMUP, CLIP = 100, 1.0  # steps over which the learning rate rises; largest norm of the gradient
+WARMUP, COOLDOWN = 100, 500  # first and last steps, in which the learning rate rises and falls
+CLIP = 1.0  # largest norm of the gradient
 
 
 class InputError(ValueError):
@@ -656,7 +657,7 @@ class Options:
 
     def shared(self, stage):
         """What a checkpoint and a run that goes on from it must have in common."""
-        free = {"out", "device", "prior_steps"} | ({"steps"} if stage == "model" else set())
+        free = {"out", "device"} | ({"prior_steps"} if stage == "model" else set())
         fixed = {k: v for k, v in asdict(self).items() if k not in free}
         return fixed | {"data": self.data and Path(self.data).resolve().name}
 
@@ -726,8 +727,6 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
     optimizer = torch.optim.Adam(groups, fused=True)
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     step, seconds = restore(path, settings, parts, options.device) if path.exists() else (0, 0.0)
-    if step > steps:
-        raise InputError(f"{path} has {step} steps, {steps} are asked for: give as many")
     weights, averages = list(model.parameters()), list(averaged.parameters())
     progress = tqdm(desc=stage, total=steps, initial=step, unit=" images", unit_scale=size)
     with interruptible() as stop, progress as bar:
@@ -740,7 +739,7 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
             (-next(iter(named.values()))).backward()
             named["gradient"] = nn.utils.clip_grad_norm_(weights, CLIP)
             for group, (_, rate) in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * min(1, (step + 1) / WARMUP)
+                group["lr"] = rate * min(1, (step + 1) / WARMUP, (steps - step) / COOLDOWN)
             optimizer.step()
             with torch.no_grad():
                 keep = min(options.ema, (1 + step) / (10 + step))

@@ -4,6 +4,7 @@ Grids, quadrature, recursions and closed forms stand on one side, the module on 
 quadratic function of a standard normal is averaged, two points ±1 a dimension are exact, not sampled.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -823,9 +824,25 @@ def toy(out, **options):
     return [p.clone() for p in (*model.parameters(), *averaged.parameters())]
 
 
+def stop_after(step, out, **options):
+    """Interrupt toy in that step, as Ctrl-C does; fit looks at its flag twice in each step."""
+
+    class Flag:
+        looks = 0
+
+        def __bool__(self):
+            self.looks += 1
+            return self.looks > 2 * (step - 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dm, "interruptible", lambda: contextlib.nullcontext(Flag()))
+        with pytest.raises(SystemExit, match=f"stopped after step {step}"):
+            toy(out, **options)
+
+
 def test_resumed_training_equals_uninterrupted_training(tmp_path, monkeypatch):
     whole = toy(tmp_path / "whole")
-    toy(tmp_path / "parts", steps=17)
+    stop_after(17, tmp_path / "parts")
     resumed = toy(tmp_path / "parts")  # goes on from 17
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
     state = torch.load(tmp_path / "whole" / "model.pt", weights_only=True)
@@ -855,7 +872,9 @@ def test_averaged_weights_are_the_moving_average(tmp_path, monkeypatch):
         expected = decay * expected + (1 - decay) * weight
     torch.testing.assert_close(averaged.weight, expected)
     steps = torch.stack([(b - a).abs().max() for a, b in zip(history, history[1:])])
-    assert steps[0] < 2e-4 and steps[120:].max() <= 1.1e-2  # warm-up; Adam moves by the learning rate
+    assert steps[0] <= 1.01e-4 and 1e-4 < steps[90:].max() <= 4e-3  # Adam moves by the learning rate,
+    rates = [(1e-2 * min(1, (k + 1) / 100, (150 - k) / 500)) for k in range(150)]  # which rises and falls
+    assert (steps <= 1.5 * torch.tensor(rates[:-1])).all()
 
 
 def test_seeds_differ_by_step_stage_and_run():
@@ -865,15 +884,13 @@ def test_seeds_differ_by_step_stage_and_run():
 
 def test_other_settings_are_refused_by_name(tmp_path):
     toy(tmp_path, steps=2)
-    with pytest.raises(dm.InputError, match="has 2 steps, 1 are asked for"):
-        toy(tmp_path, steps=1)
-    with pytest.raises(dm.InputError, match=r"seed was 0 and is 3"):
-        toy(tmp_path, seed=3)
-    assert toy(tmp_path, steps=3)  # more steps are welcome
+    with pytest.raises(dm.InputError, match=r"steps was 2 and is 3, seed was 0 and is 3"):
+        toy(tmp_path, steps=3, seed=3)
+    assert toy(tmp_path, steps=2, prior_steps=3)  # of no concern to the model
 
 
 def test_a_broken_loss_stops_and_keeps_the_checkpoint(tmp_path):
-    toy(tmp_path, steps=2)
+    stop_after(3, tmp_path)
     before = (tmp_path / "model.pt").read_bytes()
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 1))
     terms = lambda i: {"fit": model(torch.ones(4, 3))[:, 0], "mask": torch.full((4,), torch.nan)}
@@ -1067,9 +1084,9 @@ def test_sizes_that_do_not_fit_are_refused(wrong):
 def test_settings_of_the_bound_and_of_the_surrogate():
     bound, surrogate = celeba.Settings(weighting="likelihood", data="x"), celeba.Settings()
     assert (bound.beta, bound.attribute_weight, bound.size, bound.latent_dim) == (1, 1, 128, 256)
-    assert (surrogate.beta, surrogate.attribute_weight, surrogate.size) == (0.1, 10, 32)
+    assert (surrogate.beta, surrogate.attribute_weight, surrogate.size) == (0.01, 10, 32)
     model, _ = celeba.build(tiny())
-    assert model.beta == 0.1 and model.weights == {"attributes": 10}
+    assert model.beta == 0.01 and model.weights == {"attributes": 10}
 
 
 def test_best_known_nats():

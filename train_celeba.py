@@ -38,15 +38,15 @@ class Settings(Options):
 
     out: str = option("runs/drawn", "folder for checkpoints, numbers and pictures", "runs/celeba")
     size: int = option(32, "side of the pictures in pixels", 128)
-    steps: int = option(3600, "training steps of Diff-MVAE", 100_000)
-    prior_steps: int = option(1500, "training steps of the latent prior", 50_000)
+    steps: int = option(3500, "training steps of Diff-MVAE", 100_000)
+    prior_steps: int = option(1000, "training steps of the latent prior", 50_000)
     batch_size: int = option(8, "examples in a step", 64)
     weighting: str = option("simple", "likelihood: Diff-MVAE, a bound; simple: Diff-MVAE*",
                             choices=("likelihood", "simple"))
     family: str = option("mopoe", "the subsets drawn", choices=("mopoe", "mvae", "mmvae"))
     decoder: str = option("diffusion", "of the image; feedforward is the baseline MoPoE*",
                           choices=("diffusion", "feedforward"))
-    beta: float = option(None, "weight of the KL (default: 1 for a bound, 0.1 for the surrogate)")
+    beta: float = option(None, "weight of the KL (default: 1 for a bound, 0.01 for the surrogate)")
     attribute_weight: float = option(None, "weight of their log-likelihood (default: 1 or 10)")
     latent_dim: int = option(64, "dimensions of z, an even number squared", 256)
     patch: int = option(2, "side in pixels of what the UNet takes for one pixel", 1)
@@ -61,7 +61,7 @@ class Settings(Options):
     def __post_init__(self):
         super().__post_init__()
         self.is_bound = self.decoder == "feedforward" or self.weighting == "likelihood"  # in nats
-        beta, weight = (1.0, 1.0) if self.is_bound else (0.1, 10.0)
+        beta, weight = (1.0, 1.0) if self.is_bound else (0.01, 10.0)
         self.beta = beta if self.beta is None else self.beta
         self.attribute_weight = weight if self.attribute_weight is None else self.attribute_weight
 
