@@ -386,7 +386,8 @@ def test_drawn_times_and_noise_give_the_same_expectation(weighting):
 
 
 def test_error_is_the_squared_distance_at_the_noised_point():
-    sde, torch_seed = dm.VPSDE(), torch.manual_seed(0)
+    torch.manual_seed(0)
+    sde = dm.VPSDE()
     x, eps, t = torch.randn(5, 3, 4, 4), torch.randn(5, 3, 4, 4), torch.rand(5) * 0.9 + 0.05
     seen = {}
 
@@ -864,7 +865,7 @@ def test_averaged_weights_are_the_moving_average(tmp_path, monkeypatch):
     monkeypatch.setattr(dm, "seed_at", record)
     x = torch.randn(10, 2)
     options = dm.Options(out=str(tmp_path), steps=150, batch_size=4, ema=0.9, device="cpu")
-    averaged, _ = dm.fit(model, lambda i: {"fit": -model(x[i])[:, 0].square()}, 10, "prior" and "model",
+    averaged, _ = dm.fit(model, lambda i: {"fit": -model(x[i])[:, 0].square()}, 10, "model",
                          options, [(model, 1e-2)])  # fmt: skip
     expected = history[0]
     for step, weight in enumerate([*history[1:], model.weight.detach()]):
