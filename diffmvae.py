@@ -36,6 +36,7 @@ import os
 import resource
 import signal
 import sys
+import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -141,11 +142,9 @@ class VPSDE:
         return self.log_snr(torch.tensor([1.0, self.t_min], dtype=torch.float64)).tolist()
 
 
-# ---------------------------------------------------------------------------------------------
-# 3  Samplers (§4): eps_model(x_t, t) -> ε̂, start x ~ N(0, I). N evaluations are N − 1 steps and
-#    a last one, at t_min, that returns x̂0 = (x_t − σ ε̂)/α.
-# ---------------------------------------------------------------------------------------------
+# ---- 3  Samplers (§4) ----------------------------------------------------------------------------
 
+# eps_model(x_t, t) -> ε̂; x ~ N(0, I). N evaluations: N − 1 steps, and x̂0 = (x_t − σ ε̂)/α at t_min.
 
 @torch.no_grad()
 def ddim(eps_model, x, sde, steps):
@@ -198,12 +197,15 @@ class Diffusion(nn.Module):
                  weighting    λ(t) in Eq. 2   t uniform in   a bound, in nats   sampler, evaluations
     Diff-MVAE    likelihood   g(t)²           log-SNR        yes                Euler–Maruyama, 500
     Diff-MVAE*   simple       σ(t)², Eq. 1    t              no, a surrogate    DDIM, 50
+    Diff-MVAE*   velocity     σ(t)²/α(t)²     t              no, a surrogate    DDIM, 50
 
     Deviation: the paper gives Diff-MVAE* λ = 1. In Eq. 2 that would weigh small t still more than
-    g² does; the works it cites have λ = 1 on the ε-loss of Eq. 1, which is taken here.
+    g² does; the works it cites have λ = 1 on the ε-loss of Eq. 1, which "simple" takes. "velocity"
+    has it on the network's own output, ‖v − v̂‖², and learns colours and layout, which are settled
+    where α is small, in a fraction of the steps.
     """
 
-    samplers = {"likelihood": (euler_maruyama, 500), "simple": (ddim, 50)}
+    samplers = {"likelihood": (euler_maruyama, 500), "simple": (ddim, 50), "velocity": (ddim, 50)}
 
     def __init__(self, net, shape, sde=VPSDE(), weighting="likelihood"):
         super().__init__()
@@ -233,15 +235,16 @@ class Diffusion(nn.Module):
         b = −KL(q(x_1|x) ‖ N(0, I)) + E log N(x; x_t0/α, σ²/α² I) − ½ ∫ g²/σ² E‖ε − ε̂‖² dt
 
         The integral, from t0 = t_min to 1, is Eq. 2. Since g²/σ² = −dℓ/dt it is
-        ½ (ℓ(t0) − ℓ(1)) times the mean error over times uniform in log-SNR. Weighting "simple"
-        gives the surrogate −½ E‖ε − ε̂‖² instead.
+        ½ (ℓ(t0) − ℓ(1)) times the mean error over times uniform in log-SNR. The surrogates are
+        −½ E‖ε − ε̂‖² ("simple") and −½ E‖v − v̂‖² = −½ E‖ε − ε̂‖²/α² ("velocity").
         Deviation: Eq. 5 leaves out the first two terms and adds the third, where it must subtract.
         """
         eps = torch.randn_like(x) if eps is None else eps
         u = stratified(len(x), x.device)  # (B,)
-        if self.weighting == "simple":
+        if self.weighting != "likelihood":
             t = self.sde.t_min + (1 - self.sde.t_min) * u if t is None else t
-            return -0.5 * self.error(x, z, t, eps)
+            weight = 1 if self.weighting == "simple" else self.sde.alpha(t) ** -2
+            return -0.5 * weight * self.error(x, z, t, eps)
         ell_1, ell_0 = self.sde.log_snr_ends()
         t = self.sde.time_at(ell_1 + (ell_0 - ell_1) * u) if t is None else t
         score_matching = 0.5 * (ell_0 - ell_1) * self.error(x, z, t, eps)
@@ -280,31 +283,6 @@ def zeroed(layer):
     return layer
 
 
-class ResBlock(nn.Module):
-    """x + conv(silu(AdaGN(conv(silu(GN(x)))))), AdaGN(h) = (1 + s) GN(h) + b, s, b linear in e.
-
-    x: (B, c_in, ...) -> (B, c_out, ...); e: (B, embedding), in the UNet only.
-    """
-
-    def __init__(self, dims, c_in, c_out, embedding=0, dropout=0.0):
-        super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), CONV[dims](c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(c_out), CONV[dims](c_out, c_out, 3, padding=1)
-        self.modulation = nn.Linear(embedding, 2 * c_out) if embedding else None
-        self.dropout = nn.Dropout(dropout)
-        self.skip = CONV[dims](c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        if embedding:
-            zeroed(self.conv2)
-
-    def forward(self, x, e=None):
-        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
-        if e is not None:
-            e = self.modulation(e)  # (B, 2 c_out)
-            scale, shift = e.view(*e.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
-            h = (1 + scale) * h + shift
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
-
-
 class Attention(nn.Module):
     """Self-attention over positions: x + proj(softmax(q kᵀ/√d) v). (B, C, ...) -> (B, C, ...)"""
 
@@ -322,16 +300,30 @@ class Attention(nn.Module):
         return x + self.proj(h.transpose(-1, -2).reshape(x.shape))
 
 
-class UNetBlock(nn.Module):
-    """ResBlock, then attention at the levels that have it."""
+class ResBlock(nn.Module):
+    """x + conv(silu(AdaGN(conv(silu(GN(x)))))), AdaGN(h) = (1 + s) GN(h) + b, s, b linear in e.
 
-    def __init__(self, dims, c_in, c_out, embedding, dropout, heads):
+    x: (B, c_in, ...) -> (B, c_out, ...). In the UNet: e, (B, embedding), and attention if heads.
+    """
+
+    def __init__(self, dims, c_in, c_out, embedding=0, dropout=0.0, heads=0):
         super().__init__()
-        self.res = ResBlock(dims, c_in, c_out, embedding, dropout)
+        self.norm1, self.conv1 = group_norm(c_in), CONV[dims](c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c_out), CONV[dims](c_out, c_out, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * c_out) if embedding else None
+        self.dropout = nn.Dropout(dropout)
+        self.skip = CONV[dims](c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(dims, c_out, heads) if heads else nn.Identity()
+        if embedding:
+            zeroed(self.conv2)
 
-    def forward(self, x, e):
-        return self.attention(self.res(x, e))
+    def forward(self, x, e=None):
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        if e is not None:
+            e = self.modulation(e)  # (B, 2 c_out)
+            scale, shift = e.view(*e.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
+            h = (1 + scale) * h + shift
+        return self.attention(self.skip(x) + self.conv2(self.dropout(F.silu(h))))
 
 
 class UNet(nn.Module):
@@ -348,7 +340,7 @@ class UNet(nn.Module):
         super().__init__()
         widths, c, e = [width * m for m in multipliers], width, max(256, 4 * width)
         here = lambda level: heads if level in attention else 0
-        block = lambda c_in, c_out, level: UNetBlock(dims, c_in, c_out, e, dropout, here(level))
+        block = lambda c_in, c_out, level: ResBlock(dims, c_in, c_out, e, dropout, here(level))
         frequencies = torch.linspace(-4, 4, width // 2).exp2()
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.embed_time = nn.Sequential(nn.Linear(2 * (width // 2), e), nn.SiLU(), nn.Linear(e, e))
@@ -362,8 +354,8 @@ class UNet(nn.Module):
             self.down.append(nn.ModuleList([stage, halve]))
             skips += [w] * (blocks + (not last))
             c = w
-        attend = Attention(dims, c, heads)
-        self.middle = nn.ModuleList([block(c, c, None), attend, block(c, c, None)])
+        attending = ResBlock(dims, c, c, e, dropout, heads)
+        self.middle = nn.ModuleList([attending, ResBlock(dims, c, c, e, dropout)])
         for level, w in reversed(list(enumerate(widths))):
             stage = nn.ModuleList()
             for _ in range(blocks + 1):
@@ -387,8 +379,8 @@ class UNet(nn.Module):
             if downsample is not None:
                 h = downsample(h)
                 skips.append(h)
-        first, attention, second = self.middle
-        h = second(attention(first(h, e)), e)
+        for block in self.middle:
+            h = block(h, e)
         for stage, upsample in self.up:
             for block in stage:
                 h = block(torch.cat([h, skips.pop()], dim=1), e)
@@ -794,22 +786,30 @@ def bits_per_dim(log_prob, dims):
     return -log_prob / (dims * math.log(2)) + math.log2(127.5)
 
 
-def save_grid(path, rows):
-    """A PNG of labelled rows, {label: (n, 1 or 3, H, W) in [−1, 1]}, small pictures enlarged."""
-    font = ImageFont.load_default(14)
+def save_grid(path, rows, captions=None, side=64):
+    """A PNG of labelled rows, {label: (n, 1 or 3, H, W) in [−1, 1]}, enlarged to this side or more.
+
+    captions: {label: n strings}, written under the pictures of that row.
+    """
+    font, small, captions = ImageFont.load_default(14), ImageFont.load_default(10), captions or {}
     margin = 12 + max(int(font.getlength(label)) for label in rows)
-    zoom = max(1, 64 // next(iter(rows.values())).shape[-1])
-    step = [side * zoom + 2 for side in next(iter(rows.values())).shape[-2:]]  # of rows and columns
-    columns = max(map(len, rows.values()))
-    sheet = Image.new("RGB", (margin + columns * step[1], len(rows) * step[0]), "white")
+    zoom = max(1, side // next(iter(rows.values())).shape[-2])
+    sizes = {label: (len(x), x.shape[-2] * zoom, x.shape[-1] * zoom) for label, x in rows.items()}
+    bottom = sum(height + 2 + 70 * (label in captions) for label, (_, height, _) in sizes.items())
+    right = margin + max(n * (width + 2) for n, _, width in sizes.values())
+    sheet, top = Image.new("RGB", (right, bottom), "white"), 0
     draw = ImageDraw.Draw(sheet)
-    for i, (label, pictures) in enumerate(rows.items()):
-        draw.text((6, (i + 0.5) * step[0]), label, "black", font, anchor="lm")
-        pixels = (pictures.float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu()
+    for label, (n, height, width) in sizes.items():
+        draw.text((6, top + height / 2), label, "black", font, anchor="lm")
+        pixels = (rows[label].float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu()
         for j, picture in enumerate(pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
-            tile = Image.fromarray(picture)
-            tile = tile.resize((step[1] - 2, step[0] - 2), Image.Resampling.NEAREST)
-            sheet.paste(tile, (margin + j * step[1], i * step[0]))
+            left = margin + j * (width + 2)
+            tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left, top))
+            if label in captions:
+                text = textwrap.fill(captions[label][j], width // 6)
+                draw.multiline_text((left, top + height), text, "black", small, spacing=1)
+        top += height + 2 + 70 * (label in captions)
     sheet.save(path)
 
 

@@ -1084,8 +1084,8 @@ def test_sizes_that_do_not_fit_are_refused(wrong):
 
 def test_settings_of_the_bound_and_of_the_surrogate():
     bound, surrogate = celeba.Settings(weighting="likelihood", data="x"), celeba.Settings()
-    assert (bound.beta, bound.attribute_weight, bound.size, bound.latent_dim) == (1, 1, 128, 256)
-    assert (surrogate.beta, surrogate.attribute_weight, surrogate.size) == (0.01, 10, 32)
+    assert (bound.beta, bound.weight, bound.size, bound.latent_dim) == (1, 1, 128, 256)
+    assert (surrogate.beta, surrogate.weight, surrogate.size) == (0.01, 10, 32)
     model, _ = celeba.build(tiny())
     assert model.beta == 0.01 and model.weights == {"attributes": 10}
 

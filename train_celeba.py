@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from diffmvae import (
     STAGES, CalibratedGaussian, ConvDecoder, ConvEncoder, DiffMVAE, Diffusion, Encoder,
-    FeedForward, InputError, LatentPrior, Options, UNet, bernoulli, best_constant_f1, bits_per_dim,
-    f1_score, fit, in_batches, main, mlp, option, sample_gaussian, save_checkpoint, save_grid,
+    FeedForward, InputError, LatentPrior, Options, UNet, bernoulli, best_constant_f1, bits_per_dim, f1_score,
+    fit, in_batches, main, mlp, option, sample_gaussian, save_checkpoint, save_grid,
     save_results,
 )
 
@@ -41,13 +41,13 @@ class Settings(Options):
     steps: int = option(3500, "training steps of Diff-MVAE", 100_000)
     prior_steps: int = option(1000, "training steps of the latent prior", 50_000)
     batch_size: int = option(8, "examples in a step", 64)
-    weighting: str = option("simple", "likelihood: Diff-MVAE, a bound; simple: Diff-MVAE*",
-                            choices=("likelihood", "simple"))
+    weighting: str = option("velocity", "likelihood: Diff-MVAE, a bound; the others: Diff-MVAE*",
+                            "simple", choices=tuple(Diffusion.samplers))
     family: str = option("mopoe", "the subsets drawn", choices=("mopoe", "mvae", "mmvae"))
     decoder: str = option("diffusion", "of the image; feedforward is the baseline MoPoE*",
                           choices=("diffusion", "feedforward"))
-    beta: float = option(None, "weight of the KL (default: 1 for a bound, 0.01 for the surrogate)")
-    attribute_weight: float = option(None, "weight of their log-likelihood (default: 1 or 10)")
+    beta: float = option(None, "weight of the KL (default: 1 for a bound, or 0.01)")
+    weight: float = option(None, "of log p(attributes|z) (default: 1 for a bound, or 10)")
     latent_dim: int = option(64, "dimensions of z, an even number squared", 256)
     patch: int = option(2, "side in pixels of what the UNet takes for one pixel", 1)
     channels: int = option(32, "channels of the UNet at its first level", 128)
@@ -58,12 +58,20 @@ class Settings(Options):
     rate: float = option(1e-3, "learning rate of the image decoder and the latent prior", 1e-4)
     vae_rate: float = option(1e-3, "learning rate of the encoders and other decoders", 2e-4)
 
+    surrogate = dict(beta=0.01, weight=10.0)  # defaults where the loss is no bound: there all is 1
+
     def __post_init__(self):
         super().__post_init__()
         self.is_bound = self.decoder == "feedforward" or self.weighting == "likelihood"  # in nats
-        beta, weight = (1.0, 1.0) if self.is_bound else (0.01, 10.0)
-        self.beta = beta if self.beta is None else self.beta
-        self.attribute_weight = weight if self.attribute_weight is None else self.attribute_weight
+        for name, value in self.surrogate.items():
+            if getattr(self, name) is None:
+                setattr(self, name, 1.0 if self.is_bound else value)
+        halvings = range(max(1, self.size.bit_length() - 3))  # in the image's encoder, down to 4 px
+        self.widths = [self.encoder_channels * min(2**i, 8) for i in halvings]
+
+    def rate_of(self, part):
+        """The learning rate of one of the model's networks."""
+        return self.rate if isinstance(part, Diffusion) else self.vae_rate
 
 
 # ---- Drawn faces: the same attributes, all visible, and a mask with the same meaning -------------
@@ -185,19 +193,23 @@ def read_attributes(path):
     return listed
 
 
+def open_picture(path, mode):
+    """The PIL image in a file, decoded."""
+    try:
+        with Image.open(path) as file:
+            return file.convert(mode)
+    except OSError as problem:
+        raise InputError(f"{path} cannot be read ({problem}): unpack it again") from problem
+
+
 def read_face(folder, k, size):
     """Picture (size, size, 3) and mask (size, size) of face k: all parts but skin united (§4.2)."""
     masks = folder / "CelebAMask-HQ-mask-anno" / f"{k // 2000}"
     parts = (path for part in PARTS if (path := masks / f"{k:05d}_{part}.png").exists())
-    layers = []
-    for path in [folder / "CelebA-HQ-img" / f"{k}.jpg", *parts]:
-        try:
-            with Image.open(path) as file:
-                layers.append(file.convert("L" if layers else "RGB"))
-        except OSError as problem:
-            raise InputError(f"{path} cannot be read ({problem}): unpack it again") from problem
-    union = Image.fromarray(np.maximum.reduce([np.asarray(layer) for layer in layers[1:]]))
-    small = [np.asarray(x.resize((size, size), Image.Resampling.BOX)) for x in (layers[0], union)]
+    picture = open_picture(folder / "CelebA-HQ-img" / f"{k}.jpg", "RGB")
+    layers = [np.asarray(open_picture(path, "L")) for path in parts]
+    union = Image.fromarray(np.maximum.reduce(layers))
+    small = [np.asarray(x.resize((size, size), Image.Resampling.BOX)) for x in (picture, union)]
     return small[0], small[1] > 127
 
 
@@ -235,36 +247,42 @@ def batch(data, i=slice(None)):
     return {name: x[i] / 127.5 - 1 if name == "image" else x[i].float() for name, x in data.items()}
 
 
-def build(s):
-    """The untrained model and latent prior for settings s (§4.2)."""
-    D, size, n, side = s.latent_dim, s.size, len(ATTRIBUTES), math.isqrt(s.latent_dim)
-    least = max(8, s.patch << len(s.multipliers) - 1)  # that the encoders and the UNet can halve
-    if side**2 != D or side % 2 or size < least or size & size - 1:
-        raise InputError(f"give --latent-dim an even number squared, --size a power of 2 ≥ {least}")
-    widths = [s.encoder_channels * min(2**i, 8) for i in range(int(math.log2(size / 4)))]  # to 4 px
-    narrow = [width // 2 for width in widths]  # masks are simple
-    if s.decoder == "diffusion":
+def image_networks(s):
+    """The image's encoder and its decoder of the kind s.decoder, for settings s."""
+    D, size, least = s.latent_dim, s.size, max(8, s.patch << len(s.multipliers) - 1)
+    if size < least or size & size - 1:
+        raise InputError(f"--size {size}: give a power of 2, at least {least}, that can be halved")
+    if s.decoder == "feedforward":
+        decoder = FeedForward(ConvDecoder(3, size, D, s.widths), CalibratedGaussian())
+    else:
         attention = [k for k in range(len(s.multipliers)) if size // s.patch >> k == s.attention]
         unet = UNet(2, 3, s.channels, s.multipliers, 2, attention, 8, s.dropout, D, s.patch)
-        image = Diffusion(unet, (3, size, size), weighting=s.weighting)
-    else:
-        image = FeedForward(ConvDecoder(3, size, D, widths), CalibratedGaussian())
-    encoders = {"image": ConvEncoder(3, size, D, widths), "mask": ConvEncoder(1, size, D, narrow),
+        decoder = Diffusion(unet, (3, size, size), weighting=s.weighting)
+    return ConvEncoder(3, size, D, s.widths), decoder
+
+
+def build(s):
+    """The untrained model and latent prior for settings s (§4.2)."""
+    D, n, side = s.latent_dim, len(ATTRIBUTES), math.isqrt(s.latent_dim)
+    if side**2 != D or side % 2:
+        raise InputError(f"--latent-dim {D}: give an even number squared, as 64 or 256")
+    encoder, decoder = image_networks(s)
+    narrow = [width // 2 for width in s.widths]  # masks are simple
+    encoders = {"image": encoder, "mask": ConvEncoder(1, s.size, D, narrow),
                 "attributes": Encoder(mlp(n, 256, 256, 2 * D))}
-    decoders = {"image": image, "mask": FeedForward(ConvDecoder(1, size, D, narrow), bernoulli),
+    decoders = {"image": decoder, "mask": FeedForward(ConvDecoder(1, s.size, D, narrow), bernoulli),
                 "attributes": FeedForward(mlp(D, 256, 256, n), bernoulli)}
-    model = DiffMVAE(encoders, decoders, s.family, s.beta, {"attributes": s.attribute_weight})
-    prior = LatentPrior(UNet(2, 1, s.channels, (1, 2)), (1, side, side))
-    return model.to(s.device, memory_format=torch.channels_last), prior.to(s.device)
+    model = DiffMVAE(encoders, decoders, s.family, s.beta, {"attributes": s.weight})
+    return model, LatentPrior(UNet(2, 1, s.channels, (1, 2)), (1, side, side))
 
 
-def train(s, data):
+def train(s, data, build, batch, draw):
     """Diff-MVAE (§3.2), then the latent prior (§3.4): both, averaged, and their seconds."""
     torch.manual_seed(s.seed)
-    model, prior = build(s)
-    rate = lambda part: s.rate if isinstance(part, Diffusion) else s.vae_rate
-    rates = [(part, rate(part)) for part in [model.encoders, *model.decoders.values()]]
-    objective = "ELBO" if s.is_bound and s.beta == s.attribute_weight == 1 else "surrogate"
+    model, prior = (part.to(s.device, memory_format=torch.channels_last) for part in build(s))
+    parts = [*model.encoders.values(), *model.decoders.values()]
+    rates = [(part, s.rate_of(part)) for part in parts]
+    objective = "ELBO" if s.is_bound and s.beta == s.weight == 1 else "surrogate"
     terms = lambda i: model.elbo(batch(data, i)).terms(objective)
     preview = lambda averaged: draw(Path(s.out) / "preview.png", averaged, batch(data, slice(6)))
     model, seconds = fit(model, terms, len(data["image"]), "model", s, rates, preview)
@@ -275,13 +293,13 @@ def train(s, data):
     return model, prior, {"model": seconds, "prior": prior_seconds}
 
 
-def load(out, device="cpu"):
+def load(out, device="cpu", settings=Settings, build=build):
     """(model, prior) that a finished run left in the folder out, ready to use."""
     saved = [torch.load(Path(out) / f"{stage}.pt", device, weights_only=True) for stage in STAGES]
-    pair = build(Settings(**saved[0]["settings"], device=device))
+    pair = build(settings(**saved[0]["settings"], device=device))
     for part, state in zip(pair, saved):
         part.load_state_dict(state["averaged"])
-        part.eval().requires_grad_(False)
+        part.to(device).eval().requires_grad_(False)
     return pair
 
 
@@ -334,7 +352,7 @@ def run(s):
     """Data, both stages of training, Table 3 on the screen, results.json, samples.png."""
     data = read_faces(Path(s.data), s.size) if s.data else draw_faces(s.size)
     data = {split: {k: x.to(s.device) for k, x in part.items()} for split, part in data.items()}
-    model, prior, seconds = train(s, data["train"])
+    model, prior, seconds = train(s, data["train"], build, batch, draw)
     torch.manual_seed(s.seed)
     f1 = table3(model, data["train"], data["test"])
     print(f"\n{'F1, given':<16} {'attributes':>14} {'mask':>8}")
