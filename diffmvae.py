@@ -144,7 +144,7 @@ class VPSDE:
 
 # ---- 3  Samplers (§4) ----------------------------------------------------------------------------
 
-# eps_model(x_t, t) -> ε̂; x ~ N(0, I). N evaluations: N − 1 steps, and x̂0 = (x_t − σ ε̂)/α at t_min.
+# eps_model(x_t, t) -> ε̂; x ~ N(0, I). N evaluations: N − 1 steps, then x̂0 = (x − σ ε̂)/α at t_min
 
 @torch.no_grad()
 def ddim(eps_model, x, sde, steps):

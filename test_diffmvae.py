@@ -4,6 +4,7 @@ Grids, quadrature, recursions and closed forms stand on one side, the module on 
 quadratic function of a standard normal is averaged, two points ±1 a dimension are exact, not sampled.
 """
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,6 +29,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import diffmvae as dm
 import train_celeba as celeba
+import train_cub as cub
 
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("ci")
@@ -368,7 +371,7 @@ def test_bound_stays_below_the_density_of_the_reverse_sde(sde, seed, m, s2, size
         assert exact_bound(model, x) <= density.log_prob(x).item() + 1e-6
 
 
-@pytest.mark.parametrize("weighting", ["likelihood", "simple"])
+@pytest.mark.parametrize("weighting", ["likelihood", "simple", "velocity"])
 def test_drawn_times_and_noise_give_the_same_expectation(weighting):
     torch.manual_seed(0)
     m, s2, sde, n = 0.4, 0.5, dm.VPSDE(), 200_000
@@ -376,11 +379,12 @@ def test_drawn_times_and_noise_give_the_same_expectation(weighting):
     drawn = model.log_prob(x.double().expand(n, 2))
     if weighting == "likelihood":
         expected = sum(closed_form(value, m, s2, sde) for value in x.tolist())
-    else:  # −½ E‖ε − ε̂‖², t uniform on [t_min, 1], by midpoints; ε − ε̂ is linear in ε
+    else:  # −½ E‖ε − ε̂‖² or −½ E‖v − v̂‖², t uniform on [t_min, 1], by midpoints; linear in ε
         t = sde.t_min + (1 - sde.t_min) * (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
         a, s = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
         v = a**2 * s2 + s**2
         error = (a**2 * s2 / v) ** 2 + (s * a * (x.double() - m) / v) ** 2
+        error = error / a**2 if weighting == "velocity" else error
         expected = -0.5 * error.sum(1).mean().item()
     assert drawn.mean().item() == pytest.approx(expected, abs=5 * drawn.std().item() / n**0.5)
 
@@ -432,6 +436,9 @@ def test_diffusion_samples_with_its_own_sampler_and_start():
     z = torch.tensor([[-1.0], [2.0]])
     simple, bound = diffusion(eps, 1, sde, "simple"), diffusion(eps, 1, sde)
     noise = torch.randn(2, 1)
+    velocity = diffusion(eps, 1, sde, "velocity")
+    torch.testing.assert_close(velocity.sample(z, noise=noise), simple.sample(z, noise=noise))
+    calls.clear()
     torch.testing.assert_close(simple.sample(z, noise=noise), simple.sample(z, noise=noise))
     assert len(calls) == 100 and calls[0] is z
     torch.testing.assert_close(simple.sample(z, noise=noise), z, atol=0.4, rtol=0)
@@ -1076,9 +1083,12 @@ def test_bad_input_is_named(released, what, message):
         celeba.read_faces(released, 16)
 
 
-@pytest.mark.parametrize("wrong", [{"latent_dim": 60}, {"latent_dim": 25}, {"size": 48}, {"size": 4}])
-def test_sizes_that_do_not_fit_are_refused(wrong):
-    with pytest.raises(dm.InputError, match="even number squared"):
+@pytest.mark.parametrize("wrong, message", [
+    ({"latent_dim": 60}, "even number squared"), ({"latent_dim": 25}, "even number squared"),
+    ({"size": 48}, "power of 2"), ({"size": 4}, "power of 2"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit_are_refused(wrong, message):
+    with pytest.raises(dm.InputError, match=message):
         celeba.build(celeba.Settings(device="cpu", **wrong))
 
 
@@ -1109,6 +1119,305 @@ def test_best_known_nats():
     assert nats["image, bits per dimension"] == pytest.approx(levels, rel=1e-5)
 
 
+# ---- Captions: the text VAE -------------------------------------------------------------------------
+
+
+def tiny_gpt2(vocabulary=12, seed=0):
+    torch.manual_seed(seed)
+    config = hf.GPT2Config(
+        vocab_size=vocabulary, n_positions=16, n_embd=8, n_layer=2, n_head=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    decoder = cub.TextDecoder(hf.GPT2LMHeadModel(config), 6, 9, True).eval()
+    for p in decoder.parameters():
+        p.data += 0.3 * torch.randn_like(p)  # biases too, so that nothing is hidden by a zero
+    return decoder
+
+
+CAPTIONS = torch.tensor([[1, 5, 7, 3, 2, 0, 0], [1, 4, 4, 9, 11, 6, 2]])
+PAIR = torch.stack([CAPTIONS, CAPTIONS], 1)  # (2, 2, 7): BERT's tokens, GPT-2's
+
+
+def logits_by_hand(decoder, tokens, z):
+    """GPT-2 written out for one caption, (T,) tokens and (D,) z -> (T, V), z in both places."""
+    g, c = decoder.gpt2.transformer, decoder.gpt2.config
+    t, d = len(tokens), c.n_embd // c.n_head
+    x = g.wte.weight[tokens] + z @ decoder.embedding.weight.T + g.wpe.weight[1 : t + 1]
+    memories = (z @ decoder.memory.weight.T).view(c.n_layer, c.n_embd)
+    for layer, memory in zip(g.h, memories):
+        q, k, v = layer.attn.c_attn(layer.ln_1(x)).split(c.n_embd, dim=1)
+        k, v = torch.cat([memory[None], k]), torch.cat([memory[None], v])  # (1 + T, n_embd)
+        out = []
+        for h in range(c.n_head):
+            at = slice(h * d, (h + 1) * d)
+            score = q[:, at] @ k[:, at].T / d**0.5
+            allowed = torch.ones(t, t + 1, dtype=torch.bool).tril(1)
+            out.append(score.masked_fill(~allowed, -math.inf).softmax(-1) @ v[:, at])
+        x = x + layer.attn.c_proj(torch.cat(out, 1))
+        x = x + layer.mlp(layer.ln_2(x))
+    return g.ln_f(x) @ g.wte.weight.T
+
+
+@given(seeds)
+@settings(max_examples=5)
+def test_caption_likelihood_by_hand(seed):
+    decoder = tiny_gpt2(seed=seed)
+    z = torch.randn(2, 6)
+    for tokens, z_, found in zip(CAPTIONS, z, decoder.log_prob(PAIR, z)):
+        tokens = tokens[tokens != 0]
+        log_p = logits_by_hand(decoder, tokens[:-1], z_).log_softmax(-1)
+        assert found.item() == pytest.approx(log_p[range(len(tokens) - 1), tokens[1:]].sum().item(), abs=1e-4)
+
+
+def test_caption_likelihood_token_by_token():
+    """The chain rule over a growing cache, one token at a time, equals one teacher-forced pass."""
+    decoder, z = tiny_gpt2(), torch.randn(2, 6)
+    cache, total = decoder.remember(z), torch.zeros(2)
+    for now, after in zip(CAPTIONS.T, CAPTIONS.T[1:]):
+        log_p = decoder(now[:, None], z, cache)[:, 0].log_softmax(-1)
+        total += torch.where(after == 0, 0, log_p.gather(1, after[:, None])[:, 0])
+    torch.testing.assert_close(decoder.log_prob(PAIR, z), total, atol=1e-5, rtol=1e-5)
+
+
+def test_captions_sum_to_one():
+    """Over all captions of two tokens that are not padding, p sums to the mass off the padding."""
+    decoder, z = tiny_gpt2(vocabulary=5), torch.randn(1, 6)
+    every = torch.tensor([[1, a, b] for a in range(1, 5) for b in range(1, 5)])
+    total = decoder.log_prob(torch.stack([every, every], 1), z.expand(16, -1)).exp().sum()
+    first = decoder(torch.tensor([[1]]), z)[0, -1].softmax(-1)
+    second = [decoder(torch.tensor([[1, a]]), z)[0, -1].softmax(-1) for a in range(1, 5)]
+    expected = sum(first[a] * (1 - p[0]) for a, p in zip(range(1, 5), second))
+    torch.testing.assert_close(total, expected)
+
+
+def test_padding_never_counts():
+    decoder, z = tiny_gpt2(), torch.randn(2, 6)
+    padded = torch.nn.functional.pad(PAIR, (0, 2))
+    torch.testing.assert_close(decoder.log_prob(padded, z), decoder.log_prob(PAIR, z))
+    sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=2, intermediate_size=8)
+    bert = hf.BertModel(hf.BertConfig(vocab_size=12, pad_token_id=0, **sizes))
+    encoder = cub.TextEncoder(bert, 6).eval()
+    for one, other in zip(encoder(padded), encoder(PAIR)):
+        assert one.shape == (2, 6)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(encoder(PAIR)[0][0], encoder(PAIR)[0][1])
+
+
+def test_both_injections_carry_z():
+    decoder, z = tiny_gpt2(), torch.randn(2, 6, requires_grad=True)
+    decoder.log_prob(PAIR, z).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in (z, decoder.memory.weight, decoder.embedding.weight))
+    for injection in (decoder.memory, decoder.embedding):
+        decoder = tiny_gpt2()
+        other = decoder.embedding if injection.out_features > 8 else decoder.memory
+        torch.nn.init.zeros_(other.weight)
+        assert not torch.allclose(decoder.log_prob(PAIR, z), decoder.log_prob(PAIR, z + 1))
+
+
+def test_greedy_sampling_equals_recomputation():
+    decoder, z = tiny_gpt2(seed=3), torch.randn(20, 6)
+    sampled = decoder.sample(z)
+    assert sampled.shape == (20, 8)
+    tokens, ended = torch.ones(20, 1, dtype=torch.long), torch.zeros(20, dtype=torch.bool)
+    for _ in range(8):
+        best = decoder(tokens, z)[:, -1].argmax(-1).masked_fill(ended, 0)
+        tokens, ended = torch.cat([tokens, best[:, None]], 1), ended | (best == 2)
+    assert torch.equal(sampled, tokens[:, 1:])
+    assert ended.any() and len(sampled.unique(dim=0)) > 1  # some end early, and z decides
+
+
+def test_nucleus_sampling():
+    decoder, n = tiny_gpt2(), 20_000
+    z = torch.randn(1, 6).expand(n, -1)
+    p = (decoder(torch.ones(1, 1, dtype=torch.long), z[:1])[0, -1] / 1.5).softmax(-1)
+    share = lambda top_p: decoder.sample(z, top_p, temperature=1.5)[:, 0].bincount(minlength=12) / n
+    torch.manual_seed(0)
+    decoder.longest = 2
+    torch.testing.assert_close(share(1.0), p, atol=0.02, rtol=0)
+    order = p.argsort(descending=True)
+    top_p = (p[order][:2].sum() + p[order][:3].sum()).item() / 2  # needs the third
+    kept = torch.zeros(12).index_fill(0, order[:3], 1) * p
+    torch.testing.assert_close(share(top_p), kept / kept.sum(), atol=0.02, rtol=0)
+
+
+def test_words_go_there_and_back():
+    captions = [["this bird has a red cap , and white wings", "A bird, small & gris-bleu"]] * 2
+    words, _ = cub.text_tokenizers(cub.Settings(device="cpu"), captions)
+    tokens = cub.tokenise(words, captions, 12)
+    assert tokens.shape == (2, 2, 12)
+    assert tokens[0, 0, 0] == words.bos_token_id and (tokens[0, 0] == words.eos_token_id).sum() == 1
+    assert cub.spell(words, tokens[0]) == [captions[0][0], "a bird , small & gris - bleu"]
+
+
+def test_optimus_weights_are_found_by_their_names(tmp_path):
+    sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=2, intermediate_size=8)
+    make = lambda: cub.TextEncoder(hf.BertModel(hf.BertConfig(vocab_size=12, **sizes)), 6)
+    encoder, decoder, path = make(), tiny_gpt2(seed=1), tmp_path / "optimus.pt"
+    state = {f"encoder.{k.removeprefix('bert.')}": v for k, v in encoder.state_dict().items()}
+    names = {"memory.weight": "decoder.transformer.linear.weight", "embedding.weight": "decoder.transformer.linear_emb.weight"}
+    state |= {names.get(k, f"decoder.{k.removeprefix('gpt2.')}"): v for k, v in decoder.state_dict().items()}
+    torch.save({"model_state_dict": state | {"decoder.transformer.h.0.attn.bias": torch.ones(1)}}, path)
+    other, another = make(), tiny_gpt2(seed=2)
+    cub.load_optimus(path, other, another)
+    for a, b in ((encoder, other), (decoder, another)):
+        for one, two in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(one, two)
+    with pytest.raises(dm.InputError, match="latent-dim"):
+        cub.load_optimus(path, cub.TextEncoder(other.bert, 4), another)
+    torch.save({k: v for k, v in state.items() if "linear" not in k}, path)
+    with pytest.raises(dm.InputError, match="no Optimus: 0.linear.weight and 2 more"):
+        cub.load_optimus(path, other, another)
+    torch.save({"args": argparse.Namespace()}, path)
+    with pytest.raises(dm.InputError, match="no file of weights alone"):
+        cub.load_optimus(path, other, another)
+
+
+def test_without_the_hub_there_is_one_sentence_at_once(tmp_path, monkeypatch):
+    def unreachable(name, timeout):
+        raise ConnectionError("no route")
+
+    class Hub:
+        @staticmethod
+        def from_pretrained(name, local_files_only):
+            raise OSError("not cached")
+
+    monkeypatch.setattr(cub, "model_info", unreachable)
+    with pytest.raises(dm.InputError, match=r"gpt2 cannot be had from the hub \(no route\): give a local"):
+        cub.pretrained(Hub, "gpt2")
+    with pytest.raises(dm.InputError, match="is no GPT2LMHeadModel"):
+        cub.pretrained(hf.GPT2LMHeadModel, str(tmp_path))
+    hf.BertConfig().save_pretrained(tmp_path)  # a tokenizer comes of it, without words
+    s = cub.Settings(device="cpu", text="pretrained", bert=str(tmp_path), gpt2=str(tmp_path))
+    with pytest.raises(dm.InputError, match="has no vocabulary"):
+        cub.text_tokenizers(s, [])
+
+
+def test_pretrained_text_from_local_folders(tmp_path):
+    """BERT and GPT-2 saved in folders, as for a user without the hub: their weights are taken."""
+    captions = [["a red bird", "a blue bird"]] * 2
+    words, _ = cub.text_tokenizers(cub.Settings(device="cpu"), captions)
+    sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=len(words))
+    networks = hf.BertModel(hf.BertConfig(intermediate_size=8, **sizes)), hf.GPT2LMHeadModel(hf.GPT2Config(**sizes))
+    folders = [tmp_path / "bert", tmp_path / "gpt2"]
+    for folder, network in zip(folders, networks):
+        network.save_pretrained(folder)
+        words.save_pretrained(folder)
+    bert, gpt2 = map(str, folders)
+    s = cub.Settings(device="cpu", text="pretrained", bert=bert, gpt2=gpt2, latent_dim=6, tokens=8)
+    encoder, decoder = cub.text_networks(s, cub.text_tokenizers(s, captions))
+    assert torch.equal(encoder.bert.embeddings.word_embeddings.weight, networks[0].embeddings.word_embeddings.weight)
+    assert torch.equal(decoder.gpt2.transformer.wte.weight, networks[1].transformer.wte.weight)
+    assert not decoder.every_subset and decoder.gpt2.config.eos_token_id == words.eos_token_id
+
+
+def test_clip_score_and_distance(tmp_path):
+    torch.manual_seed(0)
+    words, _ = cub.text_tokenizers(cub.Settings(device="cpu"), [["a red bird", "a blue bird"]] * 2)
+    part = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(vocab_size=len(words), eos_token_id=words.eos_token_id, max_position_embeddings=8, **part)
+    clip = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=dict(image_size=16, patch_size=8, **part), projection_dim=4))
+    clip.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    pictures, captions = torch.rand(6, 3, 16, 16) * 2 - 1, ["a red bird", "a blue bird", "bird"] * 2
+    table = cub.table2(str(tmp_path), {"real": (pictures, captions), "dark": (-pictures, captions)}, "cpu")
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    tokens = words(captions, padding=True, return_tensors="pt")
+    out = clip.eval()(tokens["input_ids"], (pictures / 2 + 0.5 - mean) / std, tokens["attention_mask"])
+    cosine = (out.image_embeds * out.text_embeds).sum(1)  # both have length 1
+    assert table["real"]["CLIP score"] == pytest.approx(100 * cosine.mean().item(), abs=1e-3)
+    assert table["real"]["Fréchet, CLIP"] == pytest.approx(0, abs=1e-4)
+    assert table["dark"]["Fréchet, CLIP"] > 1e-3
+
+
+# ---- Birds: drawn, and as released ------------------------------------------------------------------
+
+
+@given(seeds)
+def test_drawn_birds_show_what_their_captions_say(seed):
+    rng = np.random.default_rng(seed)
+    kinds = dict.fromkeys(cub.NOUNS, cub.COLOURS) | {"shape": cub.SHAPES, "size": cub.SIZES}
+    f = {k: str(rng.choice(list(v))) for k, v in kinds.items()}
+    picture, caption = cub.draw_bird(f, rng, 32), cub.write_caption(f, rng)
+    said = cub.parse(caption)
+    assert said.items() <= f.items() and len(said) >= 2
+    assert re.fullmatch(cub.GRAMMAR, caption)
+    assert not re.fullmatch(cub.GRAMMAR, caption.replace(" and", "", 1))
+    (seen,) = cub.read_colours(torch.tensor(picture).permute(2, 0, 1)[None] / 127.5 - 1)
+    assert seen == {part: f[part] for part in cub.NOUNS}
+
+
+def test_every_factor_changes_the_picture():
+    f = dict.fromkeys(cub.NOUNS, "red") | {"shape": "short", "size": "small"}
+    draw = lambda f: cub.draw_bird(f, np.random.default_rng(0), 32)
+    for k in f:
+        other = {"shape": "long", "size": "large"}.get(k, "blue")
+        assert (draw(f | {k: other}) != draw(f)).any()
+
+
+def test_coherence_by_hand():
+    red, blue = (torch.tensor(cub.COLOURS[c]).view(3, 1, 1) / 127.5 - 1 for c in ("red", "blue"))
+    pictures = torch.stack([red.expand(3, 32, 32), blue.expand(3, 32, 32)])
+    captions = ["this bird has a red cap and a red throat", "this bird has a red cap and blue wings"]
+    factors = [{"crown": "red", "body": "blue"}, {"crown": "red", "wing": "red"}]
+    table = cub.coherence({"image → caption": (pictures, captions), "other": (pictures, ["zzz"] * 2)}, factors)
+    assert table["image → caption"] == {"colours": 3 / 4, "all factors": 2 / 4, "grammatical": 1.0}
+    assert table["other"] == {"colours": 0.0, "grammatical": 0.0}
+
+
+@pytest.fixture
+def released_birds(tmp_path):
+    """Six birds in CUB's layout: a greyscale picture, captions that are not ASCII or fewer than ten."""
+    root, texts = tmp_path / "cub" / "CUB_200_2011", tmp_path / "cub" / "text"
+    names = [f"{kind}/{name}.jpg" for kind in ("001.A", "002.B") for name in ("one", "two", "three")]
+    for folder in ("001.A", "002.B"):
+        (root / "images" / folder).mkdir(parents=True)
+        (texts / folder).mkdir(parents=True)
+    for k, name in enumerate(names):
+        grey = Image.new("L", (60, 40), 100)
+        (grey if k == 1 else Image.new("RGB", (40, 50), (200, 40, 40))).save(root / "images" / name)
+        lines = [f"caption {j} of a café bird {k}" for j in range(3 if k == 2 else 10)]
+        (texts / name).with_suffix(".txt").write_text("\n".join(lines) + "\n", "utf-8")
+    (root / "images.txt").write_text("".join(f"{k + 1} {name}\n" for k, name in enumerate(names)))
+    (root / "train_test_split.txt").write_text("1 1\n2 0\n3 1\n4 0\n5 0\n6 0\n")
+    return tmp_path / "cub"
+
+
+def test_released_birds_are_read_back(released_birds):
+    for _ in range(2):  # decoded, then from the cache
+        birds = cub.read_birds(released_birds, 16)
+        pictures, captions, _ = birds["train"]
+        assert pictures.shape == (2, 3, 16, 16) and pictures.dtype == torch.uint8
+        assert (pictures[0, 0].float() - 200).abs().max() < 6 and [len(ten) for ten in captions] == [10, 10]
+        assert captions[0][3] == "caption 3 of a café bird 0" and captions[1][3] == "caption 0 of a café bird 2"
+        assert (birds["test"][0][0].float() - 100).abs().max() < 4 and birds["test"][0].shape == (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("what, message", [
+    ("images.txt", "images.txt is missing"), ("images/001.A/two.jpg", "two.jpg cannot be read"),
+    ("../text/001.A/one.txt", "one.txt is missing or holds no caption"), ("empty", "one.txt is missing or holds"),
+])  # fmt: skip
+def test_bad_birds_are_named(released_birds, what, message):
+    if what == "empty":
+        (released_birds / "text/001.A/one.txt").write_text("\n \n")
+    else:
+        (released_birds / "CUB_200_2011" / what).unlink()
+    with pytest.raises(dm.InputError, match=message):
+        cub.read_birds(released_birds, 16)
+
+
+def test_one_of_ten_captions_is_drawn():
+    tokens = torch.arange(2 * 10 * 2 * 3, dtype=torch.int32).view(2, 10, 2, 3)
+    data = {"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "caption": tokens}
+    torch.manual_seed(0)
+    drawn = torch.stack([cub.batch(data)["caption"] for _ in range(300)])  # (300, 2, 2, 3)
+    for k in range(2):
+        seen, counts = drawn[:, k].unique(dim=0, return_counts=True)
+        assert torch.equal(seen, tokens[k].long()) and counts.min() > 10
+    one = {"image": data["image"], "caption": tokens[:, 4]}
+    assert torch.equal(cub.batch(one, torch.tensor([1]))["caption"], tokens[1:, 4].long())
+
+
 # ---- The scripts, as a user runs them ---------------------------------------------------------------
 
 
@@ -1132,6 +1441,36 @@ def test_celeba_end_to_end(tmp_path, monkeypatch, capsys, few_evaluations, optio
     assert (tmp_path / "run" / "samples.png").read_bytes() == first
     model, prior = celeba.load(tmp_path / "run")
     assert model.decode(prior.sample(2))["image"].shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("options", [{}, {"decoder": "feedforward", "family": "mvae"}])
+def test_cub_end_to_end(tmp_path, monkeypatch, capsys, few_evaluations, options):
+    monkeypatch.setattr(cub, "BIRDS", {"train": 40, "test": 12})
+    small = dict(device="cpu", size=16, latent_dim=16, channels=8, encoder_channels=8, ema=0.9)
+    s = cub.Settings(out=str(tmp_path), steps=3, prior_steps=2, batch_size=4, measured=4, **small, **options)
+    cub.run(s)
+    assert capsys.readouterr().out.startswith("These birds are drawn; --data cub")
+    results = json.loads((tmp_path / "results.json").read_text())
+    table = results["coherence"]
+    assert table["real"]["all factors"] == 1 and table["real"]["grammatical"] == 1
+    assert set(table) == {
+        "real", "real, shuffled", "image → caption", "caption → image",
+        "unconditional, latent prior", "unconditional, N(0, I)",
+    }  # fmt: skip
+    assert set(results["log p(caption|z), z given"]) == {"both", "the caption", "the image", "another bird's image"}
+    first = (tmp_path / "samples.png").read_bytes()
+    cub.run(s)  # all is trained: measures and draws, the same
+    assert (tmp_path / "samples.png").read_bytes() == first
+    model, prior, words = cub.load(tmp_path)
+    made = model.decode(prior.sample(2))
+    assert made["image"].shape == (2, 3, 16, 16) and len(cub.spell(words, made["caption"])) == 2
+
+
+def test_real_birds_end_to_end(tmp_path, released_birds, monkeypatch, few_evaluations):
+    small = dict(device="cpu", size=16, latent_dim=16, channels=8, encoder_channels=8, multipliers=[1], attention=0)
+    s = cub.Settings(data=str(released_birds), out=str(tmp_path), text="small", steps=2, prior_steps=2, batch_size=2, measured=1, **small)
+    cub.run(s)
+    assert "coherence" not in json.loads((tmp_path / "results.json").read_text())
 
 
 def test_command_line(tmp_path):

@@ -3,12 +3,11 @@
     python train_celeba.py                         draws faces, 32 px: ten minutes on two CPU cores
     python train_celeba.py --data CelebAMask-HQ    the released data, 128 px, the paper's settings
 
-Trains Diff-MVAE (§3.2), then the latent prior (§3.4), measures F1 (Table 3), draws (Figures 5, 6).
-The same command run again goes on where it stopped and, when all is trained, measures and draws.
+Trains Diff-MVAE (§3.2), then the latent prior (§3.4), measures (Table 3), draws (Figures 5, 6).
+The same command run again goes on where it stopped.
 """
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from diffmvae import (
-    STAGES, CalibratedGaussian, ConvDecoder, ConvEncoder, DiffMVAE, Diffusion, Encoder,
-    FeedForward, InputError, LatentPrior, Options, UNet, bernoulli, best_constant_f1, bits_per_dim, f1_score,
-    fit, in_batches, main, mlp, option, sample_gaussian, save_checkpoint, save_grid,
-    save_results,
+    STAGES, CalibratedGaussian, ConvDecoder, ConvEncoder, DiffMVAE, Diffusion, Encoder, FeedForward,
+    InputError, LatentPrior, Options, UNet, bernoulli, best_constant_f1, bits_per_dim, f1_score,
+    fit, in_batches, main, mlp, option, sample_gaussian, save_checkpoint, save_grid, save_results,
 )
 
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
@@ -57,7 +55,6 @@ class Settings(Options):
     encoder_channels: int = option(16, "channels of the encoders at half size", 64)
     rate: float = option(1e-3, "learning rate of the image decoder and the latent prior", 1e-4)
     vae_rate: float = option(1e-3, "learning rate of the encoders and other decoders", 2e-4)
-
     surrogate = dict(beta=0.01, weight=10.0)  # defaults where the loss is no bound: there all is 1
 
     def __post_init__(self):
@@ -68,10 +65,6 @@ class Settings(Options):
                 setattr(self, name, 1.0 if self.is_bound else value)
         halvings = range(max(1, self.size.bit_length() - 3))  # in the image's encoder, down to 4 px
         self.widths = [self.encoder_channels * min(2**i, 8) for i in halvings]
-
-    def rate_of(self, part):
-        """The learning rate of one of the model's networks."""
-        return self.rate if isinstance(part, Diffusion) else self.vae_rate
 
 
 # ---- Drawn faces: the same attributes, all visible, and a mask with the same meaning -------------
@@ -137,10 +130,7 @@ def shapes_of(a, w, skin, hair, clothes, hat):
 
 
 def draw_face(a, rng, size):
-    """Picture (size, size, 3) and mask (size, size) of a face with attributes a, {name: bool}.
-
-    What they leave open (background, clothes, hat, tone, place, build) comes from rng.
-    """
+    """Picture (size, size, 3), mask (size, size) of a face with attributes a; the rest is rng's."""
     background, clothes, hat = (tuple(rng.integers(30, 226, 3).tolist()) for _ in range(3))
     dx, dy, w = (int(rng.integers(*ends)) for ends in ((62, 67), (-2, 3), (26, 31)))
     tone, shade = 0.55 + 0.45 * rng.random(), 0.9 + 0.2 * rng.random()
@@ -164,11 +154,9 @@ def draw_faces(size):
     print("These faces are drawn; --data CelebAMask-HQ takes real ones (see README.md).")
     data = {}
     for k, (split, n) in enumerate(FACES.items()):
-        rng, faces = np.random.default_rng(k), []
-        for _ in tqdm(range(n), f"drawing faces to {split}", unit=" faces"):
-            a = draw_attributes(rng)
-            faces.append((*draw_face(a, rng, size), list(a.values())))
-        data[split] = as_tensors(faces)
+        rng = np.random.default_rng(k)
+        drawn = (draw_attributes(rng) for _ in tqdm(range(n), f"drawing faces to {split}"))
+        data[split] = as_tensors([(*draw_face(a, rng, size), list(a.values())) for a in drawn])
     return data
 
 
@@ -196,8 +184,7 @@ def read_attributes(path):
 def open_picture(path, mode):
     """The PIL image in a file, decoded."""
     try:
-        with Image.open(path) as file:
-            return file.convert(mode)
+        return Image.open(path).convert(mode)
     except OSError as problem:
         raise InputError(f"{path} cannot be read ({problem}): unpack it again") from problem
 
@@ -206,34 +193,30 @@ def read_face(folder, k, size):
     """Picture (size, size, 3) and mask (size, size) of face k: all parts but skin united (§4.2)."""
     masks = folder / "CelebAMask-HQ-mask-anno" / f"{k // 2000}"
     parts = (path for part in PARTS if (path := masks / f"{k:05d}_{part}.png").exists())
-    picture = open_picture(folder / "CelebA-HQ-img" / f"{k}.jpg", "RGB")
-    layers = [np.asarray(open_picture(path, "L")) for path in parts]
-    union = Image.fromarray(np.maximum.reduce(layers))
-    small = [np.asarray(x.resize((size, size), Image.Resampling.BOX)) for x in (picture, union)]
-    return small[0], small[1] > 127
+    union = np.maximum.reduce([np.asarray(open_picture(path, "L")) for path in parts])
+    layers = open_picture(folder / "CelebA-HQ-img" / f"{k}.jpg", "RGB"), Image.fromarray(union)
+    picture, mask = (np.asarray(x.resize((size, size), Image.Resampling.BOX)) for x in layers)
+    return picture, mask > 127
 
 
 def read_faces(folder, size):
-    """{split: {modality: uint8 (N, ...)}}, decoded once and then read from a cache in the folder.
-
-    The split is CelebA's own, by the index there that CelebA-HQ-to-CelebA-mapping.txt gives.
-    """
-    anno, masks = folder / "CelebAMask-HQ-attribute-anno.txt", folder / "CelebAMask-HQ-mask-anno"
-    mapping, cache = folder / "CelebA-HQ-to-CelebA-mapping.txt", folder / f"diffmvae-{size}.pt"
-    for path in (anno, masks, mapping, folder / "CelebA-HQ-img"):
+    """{split: {modality: uint8 (N, ...)}}, decoded once, then cached there; CelebA's own split."""
+    anno, mapping = (folder / f"{name}.txt" for name in
+                     ("CelebAMask-HQ-attribute-anno", "CelebA-HQ-to-CelebA-mapping"))
+    for path in (anno, mapping, folder / "CelebAMask-HQ-mask-anno", folder / "CelebA-HQ-img"):
         if not path.exists():
             raise InputError(f"{path} is missing: --data is the folder CelebAMask-HQ as released")
-    attributes = read_attributes(anno)
+    attributes, cache = read_attributes(anno), folder / f"diffmvae-{size}.pt"
     saved = torch.load(cache, weights_only=True) if cache.exists() else {}
     if saved.get("attributes") == attributes:
         return saved["data"]
-    origin = dict(line.split()[:2] for line in mapping.read_text().splitlines()[1:])
-    faces = {"train": [], "validation": [], "test": []}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    rows = map(str.split, mapping.read_text().splitlines()[1:])
+    origin = {int(k): int(i) for k, i, *_ in rows}  # the index in CelebA
+    faces = dict(train=[], validation=[], test=[])
+    with ThreadPoolExecutor() as pool:
         decoded = pool.map(lambda k: read_face(folder, k, size), attributes)
         for k, face in zip(attributes, tqdm(decoded, "decoding faces", len(attributes))):
-            i = int(origin[str(k)])
-            split = "train" if i < 162_771 else "validation" if i < 182_638 else "test"
+            split = list(faces)[(origin[k] >= 162_771) + (origin[k] >= 182_638)]
             faces[split].append((*face, attributes[k]))
     data = {split: as_tensors(part) for split, part in faces.items() if part}
     save_checkpoint(cache, {"attributes": attributes, "data": data})
@@ -244,7 +227,7 @@ def read_faces(folder, size):
 
 def batch(data, i=slice(None)):
     """Examples i as the networks see them: pictures in [−1, 1], masks and attributes 0 or 1."""
-    return {name: x[i] / 127.5 - 1 if name == "image" else x[i].float() for name, x in data.items()}
+    return {k: x[i] / 127.5 - 1 if k == "image" else x[i].float() for k, x in data.items()}
 
 
 def image_networks(s):
@@ -280,8 +263,8 @@ def train(s, data, build, batch, draw):
     """Diff-MVAE (§3.2), then the latent prior (§3.4): both, averaged, and their seconds."""
     torch.manual_seed(s.seed)
     model, prior = (part.to(s.device, memory_format=torch.channels_last) for part in build(s))
-    parts = [*model.encoders.values(), *model.decoders.values()]
-    rates = [(part, s.rate_of(part)) for part in parts]
+    rate = lambda part: s.rate if isinstance(part, Diffusion) else s.vae_rate
+    rates = [(part, rate(part)) for part in [model.encoders, *model.decoders.values()]]
     objective = "ELBO" if s.is_bound and s.beta == s.weight == 1 else "surrogate"
     terms = lambda i: model.elbo(batch(data, i)).terms(objective)
     preview = lambda averaged: draw(Path(s.out) / "preview.png", averaged, batch(data, slice(6)))
@@ -317,8 +300,8 @@ def infer(model, faces, given):
 
 def table3(model, train, test):
     """Table 3's F1, {modality: {given: score}}, beside the best that ignores the input."""
-    scores = {"attributes": {}, "mask": {}}
-    for target, other in (("attributes", "mask"), ("mask", "attributes")):
+    scores = dict(attributes={}, mask={})
+    for target, other in zip(scores, reversed(scores)):
         for label, given in (("both others", ("image", other)), ("the image", ("image",))):
             predict = lambda x: [model.decoders[target].sample(infer(model, batch(x), given))]
             (predicted,) = in_batches(predict, test, f"{target} given {label}")
@@ -331,8 +314,8 @@ def nats(model, test):
     """Eq. 5 by its terms, averaged over test, and the image's term in bits per dimension."""
     terms = in_batches(lambda x: model.full_elbo(batch(x)).terms().values(), test, "ELBO")
     named = dict(zip(["ELBO", *model.decoders, "KL"], (term.mean().item() for term in terms)))
-    bits = bits_per_dim(named["image"], test["image"][0].numel())
-    return named | {"image, bits per dimension": bits}
+    named["image, bits per dimension"] = bits_per_dim(named["image"], test["image"][0].numel())
+    return named
 
 
 @torch.no_grad()
@@ -343,8 +326,7 @@ def draw(path, model, faces, prior=None):
         z["unconditional, latent prior"] = prior.sample(len(faces["image"]))
         z["unconditional, N(0, I)"] = torch.randn_like(z["from all"])
     rows = {"real": faces["image"], "real masks": 2 * faces["mask"] - 1}
-    decode = model.decoders["image"].sample
-    rows |= {label: decode(z[label]) for label in tqdm(z, path.stem, leave=False)}
+    rows |= {k: model.decoders["image"].sample(z[k]) for k in tqdm(z, path.stem, leave=False)}
     save_grid(path, rows)
 
 
@@ -359,7 +341,7 @@ def run(s):
     for given, score in f1["attributes"].items():
         print(f"{given:<16} {score:14.3f} {f1['mask'][given]:8.3f}")
     bound = nats(model, data["test"]) if s.is_bound else {}
-    print("\n".join(f"{name:<26} {value:12,.2f}" for name, value in bound.items()))
+    print(*(f"{name:<26} {value:12,.2f}" for name, value in bound.items()), sep="\n")
     draw(Path(s.out) / "samples.png", model, batch(data["test"], slice(10)), prior)
     save_results(s, {"F1": f1, "nats": bound, "seconds": seconds})
 
