@@ -628,6 +628,7 @@ class Options:
     ema: float = option(0.995, "decay of the averaged weights", real=0.9999)
     seed: int = option(0, "of all randomness")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    free = {"out", "device"}  # what does not touch the weights
 
     def __post_init__(self):
         for f in fields(self):
@@ -649,7 +650,7 @@ class Options:
 
     def shared(self, stage):
         """What a checkpoint and a run that goes on from it must have in common."""
-        free = {"out", "device"} | ({"prior_steps"} if stage == "model" else set())
+        free = self.free | ({"prior_steps"} if stage == "model" else set())
         fixed = {k: v for k, v in asdict(self).items() if k not in free}
         return fixed | {"data": self.data and Path(self.data).resolve().name}
 
@@ -714,7 +715,7 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
     steps = options.steps if stage == "model" else options.prior_steps
     interval, size = max(500, steps // 100), options.batch_size
     path.parent.mkdir(parents=True, exist_ok=True)
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    averaged = copy.deepcopy(model.train()).eval().requires_grad_(False)
     groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
     optimizer = torch.optim.Adam(groups, fused=True)
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}

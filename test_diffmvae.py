@@ -1174,7 +1174,7 @@ def test_caption_likelihood_token_by_token():
     decoder, z = tiny_gpt2(), torch.randn(2, 6)
     cache, total = decoder.remember(z), torch.zeros(2)
     for now, after in zip(CAPTIONS.T, CAPTIONS.T[1:]):
-        log_p = decoder(now[:, None], z, cache)[:, 0].log_softmax(-1)
+        log_p = decoder.logits(now[:, None], z, cache)[:, 0].log_softmax(-1)
         total += torch.where(after == 0, 0, log_p.gather(1, after[:, None])[:, 0])
     torch.testing.assert_close(decoder.log_prob(PAIR, z), total, atol=1e-5, rtol=1e-5)
 
@@ -1184,8 +1184,8 @@ def test_captions_sum_to_one():
     decoder, z = tiny_gpt2(vocabulary=5), torch.randn(1, 6)
     every = torch.tensor([[1, a, b] for a in range(1, 5) for b in range(1, 5)])
     total = decoder.log_prob(torch.stack([every, every], 1), z.expand(16, -1)).exp().sum()
-    first = decoder(torch.tensor([[1]]), z)[0, -1].softmax(-1)
-    second = [decoder(torch.tensor([[1, a]]), z)[0, -1].softmax(-1) for a in range(1, 5)]
+    first = decoder.logits(torch.tensor([[1]]), z)[0, -1].softmax(-1)
+    second = [decoder.logits(torch.tensor([[1, a]]), z)[0, -1].softmax(-1) for a in range(1, 5)]
     expected = sum(first[a] * (1 - p[0]) for a, p in zip(range(1, 5), second))
     torch.testing.assert_close(total, expected)
 
@@ -1220,7 +1220,7 @@ def test_greedy_sampling_equals_recomputation():
     assert sampled.shape == (20, 8)
     tokens, ended = torch.ones(20, 1, dtype=torch.long), torch.zeros(20, dtype=torch.bool)
     for _ in range(8):
-        best = decoder(tokens, z)[:, -1].argmax(-1).masked_fill(ended, 0)
+        best = decoder.logits(tokens, z)[:, -1].argmax(-1).masked_fill(ended, 0)
         tokens, ended = torch.cat([tokens, best[:, None]], 1), ended | (best == 2)
     assert torch.equal(sampled, tokens[:, 1:])
     assert ended.any() and len(sampled.unique(dim=0)) > 1  # some end early, and z decides
@@ -1229,7 +1229,7 @@ def test_greedy_sampling_equals_recomputation():
 def test_nucleus_sampling():
     decoder, n = tiny_gpt2(), 20_000
     z = torch.randn(1, 6).expand(n, -1)
-    p = (decoder(torch.ones(1, 1, dtype=torch.long), z[:1])[0, -1] / 1.5).softmax(-1)
+    p = (decoder.logits(torch.ones(1, 1, dtype=torch.long), z[:1])[0, -1] / 1.5).softmax(-1)
     share = lambda top_p: decoder.sample(z, top_p, temperature=1.5)[:, 0].bincount(minlength=12) / n
     torch.manual_seed(0)
     decoder.longest = 2
@@ -1265,10 +1265,10 @@ def test_optimus_weights_are_found_by_their_names(tmp_path):
     with pytest.raises(dm.InputError, match="latent-dim"):
         cub.load_optimus(path, cub.TextEncoder(other.bert, 4), another)
     torch.save({k: v for k, v in state.items() if "linear" not in k}, path)
-    with pytest.raises(dm.InputError, match="no Optimus: 0.linear.weight and 2 more"):
+    with pytest.raises(dm.InputError, match="0.linear.weight and 2 more are missing"):
         cub.load_optimus(path, other, another)
     torch.save({"args": argparse.Namespace()}, path)
-    with pytest.raises(dm.InputError, match="no file of weights alone"):
+    with pytest.raises(dm.InputError, match="Weights only load failed"):
         cub.load_optimus(path, other, another)
 
 
@@ -1278,18 +1278,22 @@ def test_without_the_hub_there_is_one_sentence_at_once(tmp_path, monkeypatch):
 
     class Hub:
         @staticmethod
-        def from_pretrained(name, local_files_only):
+        def from_pretrained(name, local_files_only, output_loading_info):
             raise OSError("not cached")
 
     monkeypatch.setattr(cub, "model_info", unreachable)
-    with pytest.raises(dm.InputError, match=r"gpt2 cannot be had from the hub \(no route\): give a local"):
+    with pytest.raises(dm.InputError, match=r"gpt2 cannot be had as Hub \(no route\): give a local"):
         cub.pretrained(Hub, "gpt2")
-    with pytest.raises(dm.InputError, match="is no GPT2LMHeadModel"):
+    with pytest.raises(dm.InputError, match="cannot be had as GPT2LMHeadModel"):
         cub.pretrained(hf.GPT2LMHeadModel, str(tmp_path))
     hf.BertConfig().save_pretrained(tmp_path)  # a tokenizer comes of it, without words
     s = cub.Settings(device="cpu", text="pretrained", bert=str(tmp_path), gpt2=str(tmp_path))
-    with pytest.raises(dm.InputError, match="has no vocabulary"):
+    with pytest.raises(dm.InputError, match="words or weights are missing"):
         cub.text_tokenizers(s, [])
+    sizes = dict(n_embd=8, n_head=2, n_layer=1, vocab_size=12)
+    hf.GPT2LMHeadModel(hf.GPT2Config(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(dm.InputError, match="words or weights are missing"):
+        cub.pretrained(hf.BertModel, str(tmp_path))  # GPT-2's weights would leave BERT random
 
 
 def test_pretrained_text_from_local_folders(tmp_path):
@@ -1360,8 +1364,8 @@ def test_coherence_by_hand():
     pictures = torch.stack([red.expand(3, 32, 32), blue.expand(3, 32, 32)])
     captions = ["this bird has a red cap and a red throat", "this bird has a red cap and blue wings"]
     factors = [{"crown": "red", "body": "blue"}, {"crown": "red", "wing": "red"}]
-    table = cub.coherence({"image → caption": (pictures, captions), "other": (pictures, ["zzz"] * 2)}, factors)
-    assert table["image → caption"] == {"colours": 3 / 4, "all factors": 2 / 4, "grammatical": 1.0}
+    table = cub.coherence({"caption from image": (pictures, captions), "other": (pictures, ["zzz"] * 2)}, factors)
+    assert table["caption from image"] == {"colours": 3 / 4, "all factors": 2 / 4, "grammatical": 1.0}
     assert table["other"] == {"colours": 0.0, "grammatical": 0.0}
 
 
@@ -1454,7 +1458,7 @@ def test_cub_end_to_end(tmp_path, monkeypatch, capsys, few_evaluations, options)
     table = results["coherence"]
     assert table["real"]["all factors"] == 1 and table["real"]["grammatical"] == 1
     assert set(table) == {
-        "real", "real, shuffled", "image → caption", "caption → image",
+        "real", "real, shuffled", "caption from image", "image from caption",
         "unconditional, latent prior", "unconditional, N(0, I)",
     }  # fmt: skip
     assert set(results["log p(caption|z), z given"]) == {"both", "the caption", "the image", "another bird's image"}

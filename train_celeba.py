@@ -42,8 +42,7 @@ class Settings(Options):
     weighting: str = option("velocity", "likelihood: Diff-MVAE, a bound; the others: Diff-MVAE*",
                             "simple", choices=tuple(Diffusion.samplers))
     family: str = option("mopoe", "the subsets drawn", choices=("mopoe", "mvae", "mmvae"))
-    decoder: str = option("diffusion", "of the image; feedforward is the baseline MoPoE*",
-                          choices=("diffusion", "feedforward"))
+    decoder: str = option("diffusion", "or the baseline MoPoE*", choices=("diffusion", "feedforward"))
     beta: float = option(None, "weight of the KL (default: 1 for a bound, or 0.01)")
     weight: float = option(None, "of log p(attributes|z) (default: 1 for a bound, or 10)")
     latent_dim: int = option(64, "dimensions of z, an even number squared", 256)
@@ -269,6 +268,7 @@ def train(s, data, build, batch, draw):
     terms = lambda i: model.elbo(batch(data, i)).terms(objective)
     preview = lambda averaged: draw(Path(s.out) / "preview.png", averaged, batch(data, slice(6)))
     model, seconds = fit(model, terms, len(data["image"]), "model", s, rates, preview)
+    torch.manual_seed(s.seed)
     mu, logvar = in_batches(lambda x: model.posterior(batch(x)), data, "encoding")  # (N, D)
     prior.standardise(mu, logvar)
     terms = lambda i: {"surrogate": prior.log_prob(sample_gaussian(mu[i], logvar[i]))}

@@ -3,7 +3,7 @@
     python train_cub.py               draws birds and captions, 32 px: ten minutes on two CPU cores
     python train_cub.py --data cub    the released data, 64 px, BERT and GPT-2, the paper's settings
 
-All that is new beside train_celeba.py is a modality: the caption's encoder returns (mu, logvar), its
+New beside train_celeba.py is only a modality: the caption's encoder returns (mu, logvar), its
 decoder has log_prob and sample. The same command run again goes on where it stopped.
 """
 
@@ -33,6 +33,9 @@ from diffmvae import (
 from train_celeba import image_networks, infer, open_picture, train
 
 
+TOKENIZERS = "tokenizer-in", "tokenizer-out"  # BERT's and GPT-2's, folders of a finished run
+
+
 @dataclass
 class Settings(train_celeba.Settings):
     """As for faces, but for these; where data are real, the paper's settings."""
@@ -43,18 +46,20 @@ class Settings(train_celeba.Settings):
     batch_size: int = option(8, "examples in a step", 32)
     weight: float = option(None, "of log p(caption|z) (default: 1 for a bound, or 5)")
     latent_dim: int = option(64, "dimensions of z, an even number", 768)
+    channels: int = option(24, "channels of the UNet at its first level", 128)
     multipliers: int = option([1, 2], "of them at each halving", [1, 2, 2, 4], nargs="+")
-    vae_rate: float = option(1e-3, "learning rate of all but the image's decoder", 5e-5)
+    vae_rate: float = option(5e-4, "learning rate of all but the image's decoder", 5e-5)
     text: str = option("small", "small: words, untrained; pretrained: from --bert and --gpt2",
                        "pretrained", choices=("small", "pretrained"))
     bert: str = option("bert-base-cased", "encoder of the text: name in the hub, or local folder")
     gpt2: str = option("gpt2", "decoder of the text: name in the hub, or local folder")
     optimus: str = option("", "file of Optimus weights to load into these two (§4.1)")
-    tokens: int = option(32, "longest caption; what is beyond is cut", 64)
+    tokens: int = option(26, "longest caption; what is beyond is cut", 64)
     measured: int = option(128, "pictures generated of each kind for the tables", 6000)
     clip: str = option("", "CLIP for Tables 1 and 2: name in the hub, or local folder")
 
     surrogate = dict(beta=0.01, weight=5.0)
+    free = {"out", "device", "measured", "clip"}
 
 
 # ---- Drawn birds, and captions in varied words from the same factors -----------------------------
@@ -65,10 +70,10 @@ COLOURS = {"black": (25, 25, 30), "white": (246, 246, 242), "grey": (140, 140, 1
            "blue": (48, 88, 205), "green": (58, 152, 70)}
 SHAPES = {"short": [(70, -27)], "long": [(88, -27)], "curved": [(72, -31), (78, 4)]}  # of the bill
 SIZES = {"small": 0.68, "large": 0.85}
-NOUNS = {"body": ("body", "throat"), "wing": ("wings", "secondaries"), "belly": ("belly", "breast"),
-         "crown": ("crown", "cap"), "bill": ("bill", "beak")}
-SPOTS = {"body": (28, -18), "wing": (-8, -3), "belly": (10, 14), "crown": (28, -38),
-         "bill": (55, -28)}  # where a large bird and a small one have the part
+NOUNS = {"crown": ("crown", "cap"), "bill": ("bill", "beak"), "body": ("body", "throat"),
+         "wing": ("wings", "secondaries"), "belly": ("belly", "breast")}
+SPOTS = {"crown": (28, -38), "bill": (55, -28), "body": (28, -18), "wing": (-8, -3),
+         "belly": (10, 14)}  # where a large bird and a small one have the part
 OPENINGS = ["this bird has", "the bird has", "a bird that has", "this {} bird has",
             "a {} bird with", "this is a {} bird with"]
 
@@ -79,13 +84,11 @@ def place(points, size):
 
 
 def draw_bird(f, rng, size):
-    """Picture (size, size, 3) of a bird with factors f, {part: colour, "shape": of the bill, "size"}.
-
-    Background, tone and place are left to rng, a numpy Generator.
-    """
+    """Picture (size, size, 3) of a bird with factors f; background, tone and place are rng's."""
     canvas = Image.new("RGB", (128, 128), tuple(rng.integers(60, 226, 3).tolist()))
     pen, shift, legs = ImageDraw.Draw(canvas), rng.integers(-2, 3, 2), (90, 70, 60)
-    tone = {part: tuple(int(c * rng.uniform(0.9, 1.03)) for c in COLOURS[f[part]]) for part in NOUNS}
+    dim = lambda colour: tuple(int(c * rng.uniform(0.9, 1.03)) for c in colour)
+    tone = {part: dim(COLOURS[f[part]]) for part in NOUNS}
     for shape, points, colour, options in [
         ("line", [(-2, 30), (-2, 52)], legs, dict(width=3)),
         ("line", [(10, 30), (10, 52)], legs, dict(width=3)),
@@ -106,20 +109,21 @@ def draw_bird(f, rng, size):
 
 def write_caption(f, rng):
     """A caption that names two to four parts of a bird with factors f."""
-    parts = [str(part) for part in rng.permutation(list(NOUNS))[: rng.integers(2, 5)]]
-    looks = {part: [f["shape"]] * (part == "bill") + [f[part]] for part in parts}
-    nouns = [str(rng.choice(NOUNS[part])) for part in parts]
-    phrases = ["a " * (part != "wing") + " ".join([*looks[part], noun]) for part, noun in zip(parts, nouns)]
-    listed = " , ".join(phrases[:-1]) + " and " + phrases[-1]
-    return f"{str(rng.choice(OPENINGS)).format(f['size'])} {listed}"
+    phrases = []
+    for k in sorted(rng.permutation(len(NOUNS))[: rng.integers(2, 5)]):
+        part = list(NOUNS)[k]
+        words = [f["shape"]] * (part == "bill") + [f[part], str(rng.choice(NOUNS[part]))]
+        phrases.append("a " * (part != "wing") + " ".join(words))
+    opening = str(rng.choice(OPENINGS)).format(f["size"])
+    return f"{opening} {' , '.join(phrases[:-1])} and {phrases[-1]}"
 
 
 COLOUR, SHAPE, SIZE = (f"(?:{'|'.join(words)})" for words in (COLOURS, SHAPES, SIZES))
 NOUN = {part: f"(?:{'|'.join(words)})" for part, words in NOUNS.items()}
 SAYS = {part: f"({COLOUR}) {noun}" for part, noun in NOUN.items()}
 SAYS |= {"shape": f"({SHAPE}) {COLOUR}", "size": f"({SIZE})"}
-PHRASE = (f"(?:a {COLOUR} (?:{NOUN['body']}|{NOUN['belly']}|{NOUN['crown']})|{COLOUR} {NOUN['wing']}"
-          f"|a {SHAPE} {COLOUR} {NOUN['bill']})")
+PLAIN = "|".join(NOUN[part] for part in ("body", "belly", "crown"))
+PHRASE = f"(?:a {COLOUR} (?:{PLAIN})|{COLOUR} {NOUN['wing']}|a {SHAPE} {COLOUR} {NOUN['bill']})"
 GRAMMAR = f"(?:{'|'.join(OPENINGS)}) {PHRASE}(?: , {PHRASE})* and {PHRASE}".replace("{}", SIZE)
 
 
@@ -156,7 +160,7 @@ def draw_birds(size):
 # ---- CUB as released -----------------------------------------------------------------------------
 
 def read_birds(folder, size):
-    """{split: (pictures (N, 3, size, size) uint8, ten captions each, None)}; pictures are cached."""
+    """As draw_birds, but without factors; the pictures are decoded once, then cached there."""
     root, cache = folder / "CUB_200_2011", folder / f"diffmvae-{size}.pt"
     texts = folder / ("text" if (folder / "text").exists() else "text_c10")
     for path in (root / "images.txt", root / "train_test_split.txt", root / "images", texts):
@@ -220,16 +224,21 @@ class TextDecoder(nn.Module):
         memory = self.memory(z).view(len(z), c.n_layer, c.n_head, 1, -1)
         return hf.DynamicCache([(m, m) for m in memory.unbind(1)])
 
-    def forward(self, tokens, z, cache=None):
-        """Logits of what follows each token, (B, T) -> (B, T, V); cache holds what comes before."""
+    def forward(self, tokens, z, cache):
+        """The last hidden states of tokens (B, T), (B, T, n_embd); cache holds what comes before."""
         inputs = self.gpt2.transformer.wte(tokens) + self.embedding(z)[:, None]  # (B, T, n_embd)
+        output = self.gpt2.transformer(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
+        return output.last_hidden_state
+
+    def logits(self, tokens, z, cache=None):
+        """Of what follows each of tokens, (B, T) -> (B, T, V) in float32."""
         cache = self.remember(z) if cache is None else cache
-        return self.gpt2(inputs_embeds=inputs, past_key_values=cache, use_cache=True).logits
+        return self.gpt2.lm_head(in_bf16(self, tokens, z, cache))
 
     def log_prob(self, x, z):
         """log p(caption|z) in nats, x: (B, 2, T) tokens, of which [:, 1] are GPT-2's -> (B,)."""
         tokens, pad = x[:, 1], self.gpt2.config.pad_token_id
-        logits = in_bf16(self, tokens[:, :-1], z).transpose(1, 2)  # (B, V, T − 1)
+        logits = self.logits(tokens[:, :-1], z).transpose(1, 2)  # (B, V, T − 1)
         loss = F.cross_entropy(logits, tokens[:, 1:], ignore_index=pad, reduction="none")
         return -loss.sum(1)
 
@@ -241,48 +250,54 @@ class TextDecoder(nn.Module):
         token = torch.full((len(z), 1), c.bos_token_id, device=z.device)
         tokens, ended = [], torch.zeros_like(token, dtype=torch.bool)
         while len(tokens) < self.longest - 1 and not ended.all():
-            p = (in_bf16(self, token, z, cache)[:, -1] / temperature).softmax(-1)
+            p = (self.logits(token, z, cache)[:, -1] / temperature).softmax(-1)
             p, order = p.sort(descending=True)  # (B, V)
             p = p * (p.cumsum(-1) - p <= top_p)  # the likeliest always stays
             token = order.gather(1, p.multinomial(1)).masked_fill(ended, c.pad_token_id)
             ended |= token == c.eos_token_id
             tokens.append(token)
-        return F.pad(torch.cat(tokens, 1), (0, self.longest - 1 - len(tokens)), value=c.pad_token_id)
+        rest = self.longest - 1 - len(tokens)
+        return F.pad(torch.cat(tokens, dim=1), (0, rest), value=c.pad_token_id)
 
 
 def pretrained(kind, name):
     """kind.from_pretrained of a local folder or a name in the hub, or an InputError at once."""
-    cure = "give a local folder that holds its files, or connect to the hub"
-    try:
-        return kind.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError) as problem:
-        if Path(name).exists():
-            raise InputError(f"{name} is no {kind.__name__}: {cure}") from problem
-    try:
-        model_info(name, timeout=10)  # fails at once, where from_pretrained tries for minutes
-        return kind.from_pretrained(name)
-    except Exception as problem:  # the hub's errors have no class in common
-        raise InputError(f"{name} cannot be had from the hub ({problem}): {cure}") from problem
+    for local in (True, False):
+        try:
+            if not local:
+                model_info(name, timeout=10)  # fails at once, where from_pretrained tries for long
+            if kind is hf.AutoTokenizer:
+                found = kind.from_pretrained(name, local_files_only=local)
+                complete = len(found) > len(found.all_special_ids)
+            else:
+                options = dict(local_files_only=local, output_loading_info=True)
+                found, info = kind.from_pretrained(name, **options)
+                complete = set(info["missing_keys"]) <= {"lm_head.weight"}  # which is tied
+            if complete:
+                return found
+            raise ValueError("its words or weights are missing")
+        except Exception as problem:  # the hub's errors have no class in common
+            if not local or Path(name).exists():
+                raise InputError(f"{name} cannot be had as {kind.__name__} ({problem}): give a local "
+                                 "folder with its files, or connect to the hub") from problem
 
 
 def load_optimus(path, encoder, decoder):
     """Load Optimus weights into a TextEncoder of BERT and a TextDecoder of GPT-2."""
-    try:
-        state = torch.load(path, "cpu", weights_only=True)
-    except (OSError, UnpicklingError) as problem:
-        raise InputError(f"{path} is no file of weights alone: {problem}") from problem
     ours = {"encoder.linear": "0.linear", "decoder.transformer.linear_emb": "1.embedding",
             "decoder.transformer.linear": "1.memory", "encoder": "0.bert", "decoder": "1.gpt2"}
-    found = {}
-    for name, value in state.get("model_state_dict", state).items():
-        prefix = next((prefix for prefix in ours if name.startswith(prefix + ".")), "")
-        found[ours.get(prefix, "") + name.removeprefix(prefix)] = value
     try:
-        missing = nn.ModuleList([encoder, decoder]).load_state_dict(found, strict=False).missing_keys
-    except RuntimeError as problem:
-        raise InputError(f"{path} has other sizes; does --latent-dim fit? {problem}") from problem
-    if missing:
-        raise InputError(f"{path} holds no Optimus: {missing[0]} and {len(missing) - 1} more lack")
+        state = torch.load(path, "cpu", weights_only=True)
+        state = state.get("model_state_dict", state)
+        for theirs, name in ours.items():
+            state = {re.sub(rf"^{theirs}\.", f"{name}.", k): v for k, v in state.items()}
+        pair = nn.ModuleList([encoder, decoder])
+        missing = pair.load_state_dict(state, strict=False).missing_keys
+        if missing:
+            raise ValueError(f"{missing[0]} and {len(missing) - 1} more are missing")
+    except Exception as problem:  # not there, damaged, not only weights, of other sizes
+        what = " ".join(str(problem).split()[:40])
+        raise InputError(f"{path} cannot be loaded as Optimus with this --latent-dim: {what}") from problem
 
 
 def text_tokenizers(s, captions):
@@ -296,12 +311,9 @@ def text_tokenizers(s, captions):
         words.train_from_iterator((caption for ten in captions for caption in ten), trainer)
         options = dict(tokenizer_object=words, unk_token="<UNK>")
         return [hf.PreTrainedTokenizerFast(**options, **special)] * 2
-    bert, gpt2 = (pretrained(hf.AutoTokenizer, name) for name in (s.bert, s.gpt2))
-    for name, tokenizer in ((s.bert, bert), (s.gpt2, gpt2)):
-        if len(tokenizer) <= len(tokenizer.all_special_ids):
-            raise InputError(f"{name} has no vocabulary: give a folder with its tokenizer's files")
-    gpt2.add_special_tokens(special)
-    return bert, gpt2
+    tokenizers = [pretrained(hf.AutoTokenizer, name) for name in (s.bert, s.gpt2)]
+    tokenizers[1].add_special_tokens(special)
+    return tokenizers
 
 
 def tokenise(tokenizer, captions, length):
@@ -328,9 +340,12 @@ def text_networks(s, tokenizers):
     words = tokenizers[1]
     special = {f"{k}_token_id": getattr(words, f"{k}_token_id") for k in ("pad", "bos", "eos")}
     if s.text == "small":
-        size = dict(num_attention_heads=4, num_hidden_layers=2, hidden_size=128, **special)
-        bert = hf.BertModel(hf.BertConfig(vocab_size=len(words), intermediate_size=512, **size))
-        gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=len(words), **size))
+        size = dict(vocab_size=len(words), hidden_size=128, num_hidden_layers=2, **special)
+        size |= dict(num_attention_heads=4, initializer_range=128**-0.5)
+        still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        bert = hf.BertModel(hf.BertConfig(
+            **size, intermediate_size=512, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+        gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(**size, **still))
     else:
         bert, gpt2 = pretrained(hf.BertModel, s.bert), pretrained(hf.GPT2LMHeadModel, s.gpt2)
         gpt2.resize_token_embeddings(len(words))
@@ -354,26 +369,35 @@ def build(s, tokenizers):
 
 def load(out, device="cpu"):
     """(model, prior, GPT-2's tokenizer) that a finished run left in the folder out."""
-    pair = [hf.AutoTokenizer.from_pretrained(Path(out) / name) for name in TOKENIZERS]
-    parts = train_celeba.load(out, device, Settings, partial(build, tokenizers=pair))
-    return *parts, pair[1]
+    tokenizers = [pretrained(hf.AutoTokenizer, str(Path(out) / name)) for name in TOKENIZERS]
+    settings = lambda **saved: Settings(**saved | {"optimus": ""})  # the weights are in the run
+    parts = train_celeba.load(out, device, settings, partial(build, tokenizers=tokenizers))
+    return *parts, tokenizers[1]
 
 
 # ---- Measuring (Tables 1 and 2), drawing (Figures 3 and 4), and the run --------------------------
 
-TOKENIZERS = ("tokenizer-in", "tokenizer-out")
+def spell(words, tokens):
+    """GPT-2's tokens (N, T) as N captions."""
+    return words.batch_decode(tokens, skip_special_tokens=True)
 
 
 def caption_nats(model, x):
     """{given: log p(caption|z) in nats, averaged over examples x, z ~ q(z|given)}."""
-    def told(x, given, shift):
-        z = infer(model, {name: x[name].roll(shift, 0) for name in given}, given)
-        return [model.decoders["caption"].log_prob(x["caption"], z)]
+    def log_prob(x, given):
+        return [model.decoders["caption"].log_prob(x["caption"], infer(model, x, given))]
 
-    sources = {"both": (("image", "caption"), 0), "the caption": (("caption",), 0),
-               "the image": (("image",), 0), "another bird's image": (("image",), 1)}
-    return {label: {"nats": in_batches(lambda x: told(x, *source), x, label)[0].mean().item()}
-            for label, source in sources.items()}
+    other = x | {"image": shuffled(x["image"])}
+    sources = {"both": (x, ("image", "caption")), "the caption": (x, ("caption",)),
+               "the image": (x, ("image",)), "another bird's image": (other, ("image",))}
+    return {label: {"nats": in_batches(lambda x: log_prob(x, given), x, label, 32)[0].mean().item()}
+            for label, (x, given) in sources.items()}
+
+
+def shuffled(x):
+    """Examples, a tensor or a list, so that each stands in another's place, in CUB another kind's."""
+    half = len(x) // 2
+    return torch.cat([x[half:], x[:half]]) if torch.is_tensor(x) else x[half:] + x[:half]
 
 
 def generate(model, words, x, n, prior=None):
@@ -386,26 +410,22 @@ def generate(model, words, x, n, prior=None):
 
     given = lambda name: in_batches(lambda x: [infer(model, x, [name])], x, "encoding")[0]
     image, said = x["image"], spell(words, x["caption"][:, 1])
-    pairs = {"real": (image, said), "real, shuffled": (image.roll(1, 0), said),
-             "image → caption": (image, sample("caption", given("image"))),
-             "caption → image": (sample("image", given("caption")[:n]), said[:n])}
+    pairs = {"real": (image, said), "real, shuffled": (shuffled(image), said),
+             "caption from image": (image, sample("caption", given("image"))),
+             "image from caption": (sample("image", given("caption")[:n]), said[:n])}
     if prior:
-        z = prior.sample(n)
+        count = {"z": torch.empty(n)}
+        z = in_batches(lambda b: [prior.sample(len(b["z"]))], count, "sampling the prior")[0]
         for label, z in (("latent prior", z), ("N(0, I)", torch.randn_like(z))):
             pairs[f"unconditional, {label}"] = sample("image", z), sample("caption", z)
     return pairs
 
 
-def spell(words, tokens):
-    """GPT-2's tokens (N, T) as N captions."""
-    return words.batch_decode(tokens, skip_special_tokens=True)
-
-
 def coherence(pairs, factors):
     """{label: {measure: share}}: colours that captions name, read from the pictures; all that they
     say, compared with the factors of real pictures; captions that follow the grammar."""
-    known = dict.fromkeys(("image → caption", "real"), factors)
-    known["real, shuffled"] = factors[-1:] + factors[:-1]
+    known = dict.fromkeys(("caption from image", "real"), factors)
+    known["real, shuffled"] = shuffled(factors)
     table = {}
     for label, (pictures, captions) in pairs.items():
         said = [parse(caption) for caption in captions]
@@ -424,8 +444,9 @@ def agreement(said, shown):
 
 
 def table2(name, pairs, device):
-    """{label: {measure: value}}: CLIP score, 100 cos (Hessel et al. 2021), and the Fréchet distance to real pictures in CLIP's space."""
-    clip, words = pretrained(hf.CLIPModel, name).to(device).eval(), pretrained(hf.AutoTokenizer, name)
+    """{label: {measure: value}}: CLIP score, 100 cos (Hessel et al. 2021), and the Fréchet distance
+    to real pictures among CLIP's features of pictures."""
+    clip, words = pretrained(hf.CLIPModel, name).to(device), pretrained(hf.AutoTokenizer, name)
     side = clip.config.vision_config.image_size
     constants = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=device)
     mean, std = constants[..., None, None]  # (3, 1, 1) each
@@ -447,30 +468,28 @@ def table2(name, pairs, device):
 
 @torch.no_grad()
 def draw(path, model, x, prior=None, words=None):
-    """Figures 3 and 4: generate's rows, with four pictures for each caption."""
-    n = len(x["image"]) // 2
-    pairs = generate(model, words, x, 2 * n, prior)
-    four = {"caption": x["caption"][:n].repeat_interleave(4, dim=0)}
-    pictures = model.decoders["image"].sample(infer(model, four, four)).unflatten(0, (n, 4))
-    strips = pictures.permute(0, 2, 3, 1, 4).flatten(3)  # (n, 3, H, 4 W)
-    pairs["caption → image"] = strips[: n // 2], pairs["real"][1][: n // 2]
-    pairs["and again"] = strips[n // 2:], pairs["real"][1][n // 2 : n]
+    """Figures 3 and 4: generate's rows; at the end, with the prior, four pictures a caption."""
+    pairs = generate(model, words, x, len(x["image"]), prior)
     del pairs["real, shuffled"]
-    rows, captions = ({label: pair[k] for label, pair in pairs.items()} for k in (0, 1))
+    for again in range(2, 5 if prior else 2):
+        pictures = model.decoders["image"].sample(infer(model, x, ["caption"]))
+        pairs[f"image from caption ({again})"] = pictures, pairs["real"][1]
+    order = sorted(pairs, key=lambda label: (label.startswith("uncond"), label.startswith("image")))
+    rows, captions = ({label: pairs[label][k] for label in order} for k in (0, 1))
     save_grid(path, rows, captions, side=128)
 
 
 def run(s):
     """Data, both stages of training, the tables on the screen, results.json, samples.png."""
     birds = read_birds(Path(s.data), s.size) if s.data else draw_birds(s.size)
-    pair, data = text_tokenizers(s, birds["train"][1]), {}
-    for name, tokenizer in zip(TOKENIZERS, pair):
-        tokenizer.save_pretrained(Path(s.out) / name)
+    tokenizers, data = text_tokenizers(s, birds["train"][1]), {}
     for split, (pictures, captions, _) in birds.items():
-        tokens = torch.stack([tokenise(tokenizer, captions, s.tokens) for tokenizer in pair], 2)
-        data[split] = {"image": pictures.to(s.device), "caption": tokens.to(s.device)}
-    words, build_for = pair[1], partial(build, tokenizers=pair)
-    model, prior, seconds = train(s, data["train"], build_for, batch, partial(draw, words=words))
+        tokens = [tokenise(tokenizer, captions, s.tokens) for tokenizer in tokenizers]
+        data[split] = {"image": pictures.to(s.device), "caption": torch.stack(tokens, 2).to(s.device)}
+    words, build_here = tokenizers[1], partial(build, tokenizers=tokenizers)
+    model, prior, seconds = train(s, data["train"], build_here, batch, partial(draw, words=words))
+    for name, tokenizer in zip(TOKENIZERS, tokenizers):
+        tokenizer.save_pretrained(Path(s.out) / name)
     torch.manual_seed(s.seed)
     test = batch(data["test"] | {"caption": data["test"]["caption"][:, 0]})
     pairs, factors = generate(model, words, test, s.measured, prior), birds["test"][2]
