@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ from diffmvae import (
     save_checkpoint, save_grid, save_results,
 )
 from train_celeba import image_networks, infer, open_picture, train
-
 
 TOKENIZERS = "tokenizer-in", "tokenizer-out"  # BERT's and GPT-2's, folders of a finished run
 
@@ -72,6 +70,7 @@ SHAPES = {"short": [(70, -27)], "long": [(88, -27)], "curved": [(72, -31), (78, 
 SIZES = {"small": 0.68, "large": 0.85}
 NOUNS = {"crown": ("crown", "cap"), "bill": ("bill", "beak"), "body": ("body", "throat"),
          "wing": ("wings", "secondaries"), "belly": ("belly", "breast")}
+FACTORS = dict.fromkeys(NOUNS, COLOURS) | {"shape": SHAPES, "size": SIZES}
 SPOTS = {"crown": (28, -38), "bill": (55, -28), "body": (28, -18), "wing": (-8, -3),
          "belly": (10, 14)}  # where a large bird and a small one have the part
 OPENINGS = ["this bird has", "the bird has", "a bird that has", "this {} bird has",
@@ -87,8 +86,7 @@ def draw_bird(f, rng, size):
     """Picture (size, size, 3) of a bird with factors f; background, tone and place are rng's."""
     canvas = Image.new("RGB", (128, 128), tuple(rng.integers(60, 226, 3).tolist()))
     pen, shift, legs = ImageDraw.Draw(canvas), rng.integers(-2, 3, 2), (90, 70, 60)
-    dim = lambda colour: tuple(int(c * rng.uniform(0.9, 1.03)) for c in colour)
-    tone = {part: dim(COLOURS[f[part]]) for part in NOUNS}
+    tone = {k: tuple(int(c * rng.uniform(0.9, 1.03)) for c in COLOURS[f[k]]) for k in NOUNS}
     for shape, points, colour, options in [
         ("line", [(-2, 30), (-2, 52)], legs, dict(width=3)),
         ("line", [(10, 30), (10, 52)], legs, dict(width=3)),
@@ -146,14 +144,12 @@ def draw_birds(size):
     """{split: (pictures (N, 3, size, size) uint8, ten captions each, factors)}, always the same."""
     print("These birds are drawn; --data cub takes real ones (see README.md).")
     data = {}
-    for k, (split, n) in enumerate(BIRDS.items()):
-        rng = np.random.default_rng(k)
-        kinds = dict.fromkeys(NOUNS, COLOURS) | {"shape": SHAPES, "size": SIZES}
-        factors = [{k: str(rng.choice(list(v))) for k, v in kinds.items()} for _ in range(n)]
-        birds = tqdm(factors, f"drawing birds to {split}", unit=" birds")
-        pictures = torch.from_numpy(np.stack([draw_bird(f, rng, size) for f in birds]))
+    for seed, (split, n) in enumerate(BIRDS.items()):
+        rng = np.random.default_rng(seed)
+        factors = [{k: str(rng.choice(list(FACTORS[k]))) for k in FACTORS} for _ in range(n)]
+        pictures = [draw_bird(f, rng, size) for f in tqdm(factors, f"drawing birds to {split}")]
         captions = [[write_caption(f, rng) for _ in range(10)] for f in factors]
-        data[split] = pictures.permute(0, 3, 1, 2), captions, factors
+        data[split] = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), captions, factors
     return data
 
 
@@ -176,18 +172,16 @@ def read_birds(folder, size):
         captions.append((lines * 10)[:10])  # where there are fewer than ten they are repeated
     saved = torch.load(cache, weights_only=True) if cache.exists() else {}
     if saved.get("names") != names:
-        def read(name):
-            return np.asarray(open_picture(root / "images" / name, "RGB").resize((size, size)))
-
+        read = lambda name: open_picture(root / "images" / name, "RGB").resize((size, size))
         with ThreadPoolExecutor() as pool:
-            pictures = list(tqdm(pool.map(read, names.values()), "decoding birds", len(names)))
-        saved = {"names": names, "pictures": torch.from_numpy(np.stack(pictures))}
+            decoded = list(tqdm(pool.map(read, names.values()), "decoding birds", len(names)))
+        pictures = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
+        saved = {"names": names, "pictures": pictures}
         save_checkpoint(cache, saved)
     data = {}
     for split, flag in (("train", "1"), ("test", "0")):
         rows = [row for row, k in enumerate(names) if training[k] == flag]
-        pictures = saved["pictures"][rows].permute(0, 3, 1, 2)
-        data[split] = pictures, [captions[row] for row in rows], None
+        data[split] = saved["pictures"][rows], [captions[row] for row in rows], None
     return data
 
 
@@ -268,12 +262,12 @@ def pretrained(kind, name):
                 model_info(name, timeout=10)  # fails at once, where from_pretrained tries for long
             if kind is hf.AutoTokenizer:
                 found = kind.from_pretrained(name, local_files_only=local)
-                complete = len(found) > len(found.all_special_ids)
+                missing = len(found) <= len(found.all_special_ids)
             else:
                 options = dict(local_files_only=local, output_loading_info=True)
                 found, info = kind.from_pretrained(name, **options)
-                complete = set(info["missing_keys"]) <= {"lm_head.weight"}  # which is tied
-            if complete:
+                missing = set(info["missing_keys"]) - {"lm_head.weight"}  # which is tied
+            if not missing:
                 return found
             raise ValueError("its words or weights are missing")
         except Exception as problem:  # the hub's errors have no class in common
@@ -292,12 +286,11 @@ def load_optimus(path, encoder, decoder):
         for theirs, name in ours.items():
             state = {re.sub(rf"^{theirs}\.", f"{name}.", k): v for k, v in state.items()}
         pair = nn.ModuleList([encoder, decoder])
-        missing = pair.load_state_dict(state, strict=False).missing_keys
-        if missing:
+        if missing := pair.load_state_dict(state, strict=False).missing_keys:
             raise ValueError(f"{missing[0]} and {len(missing) - 1} more are missing")
     except Exception as problem:  # not there, damaged, not only weights, of other sizes
-        what = " ".join(str(problem).split()[:40])
-        raise InputError(f"{path} cannot be loaded as Optimus with this --latent-dim: {what}") from problem
+        why = " ".join(str(problem).split()[:40])
+        raise InputError(f"{path} is not Optimus with this --latent-dim: {why}") from problem
 
 
 def text_tokenizers(s, captions):
@@ -387,17 +380,11 @@ def caption_nats(model, x):
     def log_prob(x, given):
         return [model.decoders["caption"].log_prob(x["caption"], infer(model, x, given))]
 
-    other = x | {"image": shuffled(x["image"])}
+    other = x | {"image": x["image"].roll(len(x["image"]) // 2, 0)}
     sources = {"both": (x, ("image", "caption")), "the caption": (x, ("caption",)),
                "the image": (x, ("image",)), "another bird's image": (other, ("image",))}
     return {label: {"nats": in_batches(lambda x: log_prob(x, given), x, label, 32)[0].mean().item()}
             for label, (x, given) in sources.items()}
-
-
-def shuffled(x):
-    """Examples, a tensor or a list, so that each stands in another's place, in CUB another kind's."""
-    half = len(x) // 2
-    return torch.cat([x[half:], x[:half]]) if torch.is_tensor(x) else x[half:] + x[:half]
 
 
 def generate(model, words, x, n, prior=None):
@@ -410,7 +397,8 @@ def generate(model, words, x, n, prior=None):
 
     given = lambda name: in_batches(lambda x: [infer(model, x, [name])], x, "encoding")[0]
     image, said = x["image"], spell(words, x["caption"][:, 1])
-    pairs = {"real": (image, said), "real, shuffled": (shuffled(image), said),
+    shift = len(image) // 2  # in CUB a neighbour is of the same kind
+    pairs = {"real": (image, said), "real, shuffled": (image.roll(shift, 0), said),
              "caption from image": (image, sample("caption", given("image"))),
              "image from caption": (sample("image", given("caption")[:n]), said[:n])}
     if prior:
@@ -424,23 +412,24 @@ def generate(model, words, x, n, prior=None):
 def coherence(pairs, factors):
     """{label: {measure: share}}: colours that captions name, read from the pictures; all that they
     say, compared with the factors of real pictures; captions that follow the grammar."""
-    known = dict.fromkeys(("caption from image", "real"), factors)
-    known["real, shuffled"] = shuffled(factors)
+    shift = len(factors) // 2
+    known = {"real": factors, "caption from image": factors,
+             "real, shuffled": factors[-shift:] + factors[:-shift]}
     table = {}
     for label, (pictures, captions) in pairs.items():
         said = [parse(caption) for caption in captions]
         table[label] = {"colours": agreement(said, read_colours(pictures))}
         if label in known:
             table[label]["all factors"] = agreement(said, known[label])
-        correct = [bool(re.fullmatch(GRAMMAR, caption)) for caption in captions]
-        table[label]["grammatical"] = np.mean(correct).item()
+        grammatical = [re.fullmatch(GRAMMAR, caption) is not None for caption in captions]
+        table[label]["grammatical"] = np.mean(grammatical).item()
     return table
 
 
 def agreement(said, shown):
     """Of all that is said and can be seen, two lists of {factor: value}, the share that agrees."""
-    pairs = [(a[k], b[k]) for a, b in zip(said, shown) for k in a.keys() & b.keys()]
-    return sum(a == b for a, b in pairs) / max(1, len(pairs))
+    agree = [a[k] == b[k] for a, b in zip(said, shown) for k in a.keys() & b.keys()]
+    return sum(agree) / max(1, len(agree))
 
 
 def table2(name, pairs, device):
@@ -474,8 +463,7 @@ def draw(path, model, x, prior=None, words=None):
     for again in range(2, 5 if prior else 2):
         pictures = model.decoders["image"].sample(infer(model, x, ["caption"]))
         pairs[f"image from caption ({again})"] = pictures, pairs["real"][1]
-    order = sorted(pairs, key=lambda label: (label.startswith("uncond"), label.startswith("image")))
-    rows, captions = ({label: pairs[label][k] for label in order} for k in (0, 1))
+    rows, captions = ({label: pair[k] for label, pair in pairs.items()} for k in (0, 1))
     save_grid(path, rows, captions, side=128)
 
 
