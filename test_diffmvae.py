@@ -1201,6 +1201,10 @@ def test_padding_never_counts():
         assert one.shape == (2, 6)
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(encoder(PAIR)[0][0], encoder(PAIR)[0][1])
+    mixed = torch.stack([CAPTIONS, CAPTIONS.flip(0)], 1)  # BERT reads the first, GPT-2 writes the second
+    assert torch.equal(encoder(mixed)[0], encoder(PAIR)[0])
+    swapped = torch.stack([CAPTIONS.flip(0), CAPTIONS], 1)
+    assert torch.equal(decoder.log_prob(swapped, z), decoder.log_prob(PAIR, z))
 
 
 def test_both_injections_carry_z():

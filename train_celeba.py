@@ -36,7 +36,7 @@ class Settings(Options):
 
     out: str = option("runs/drawn", "folder for checkpoints, numbers and pictures", "runs/celeba")
     size: int = option(32, "side of the pictures in pixels", 128)
-    steps: int = option(3500, "training steps of Diff-MVAE", 100_000)
+    steps: int = option(3200, "training steps of Diff-MVAE", 100_000)
     prior_steps: int = option(1000, "training steps of the latent prior", 50_000)
     batch_size: int = option(8, "examples in a step", 64)
     weighting: str = option("velocity", "likelihood: Diff-MVAE, a bound; the others: Diff-MVAE*",
