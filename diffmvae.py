@@ -626,7 +626,7 @@ class Options:
     prior_steps: int = option(1000, "training steps of the latent prior")
     batch_size: int = option(16, "examples in a step")
     ema: float = option(0.995, "decay of the averaged weights", real=0.9999)
-    seed: int = option(0, "of all randomness")
+    seed: int = option(0, "seed of all randomness")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     free = {"out", "device"}  # what does not touch the weights
 
@@ -844,6 +844,7 @@ def main(run, options, description):
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     try:
         run(options.parse(description))
-    except (InputError, FloatingPointError) as problem:
-        print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+    except (InputError, FloatingPointError, KeyboardInterrupt) as problem:
+        why = str(problem) or "stopped: run it again"
+        print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
         sys.exit(2)

@@ -1197,6 +1197,8 @@ def test_padding_never_counts():
     sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=2, intermediate_size=8)
     bert = hf.BertModel(hf.BertConfig(vocab_size=12, pad_token_id=0, **sizes))
     encoder = cub.TextEncoder(bert, 6).eval()
+    for p in encoder.parameters():
+        p.data += 0.3 * torch.randn_like(p)  # else its attention is too even to notice padding
     for one, other in zip(encoder(padded), encoder(PAIR)):
         assert one.shape == (2, 6)
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
@@ -1461,6 +1463,8 @@ def test_cub_end_to_end(tmp_path, monkeypatch, capsys, few_evaluations, options)
     results = json.loads((tmp_path / "results.json").read_text())
     table = results["coherence"]
     assert table["real"]["all factors"] == 1 and table["real"]["grammatical"] == 1
+    for measure in ("colours", "all factors"):
+        assert table["real, shuffled"][measure] < 0.5 < table["real"][measure]
     assert set(table) == {
         "real", "real, shuffled", "caption from image", "image from caption",
         "unconditional, latent prior", "unconditional, N(0, I)",

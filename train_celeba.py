@@ -1,6 +1,6 @@
 """Diff-MVAE on CelebAMask-HQ (§4.2): a face's image, mask and attributes, each from any other.
 
-    python train_celeba.py                         draws faces, 32 px: ten minutes on two CPU cores
+    python train_celeba.py                         draws faces, 32 px: twelve minutes on two cores
     python train_celeba.py --data CelebAMask-HQ    the released data, 128 px, the paper's settings
 
 Trains Diff-MVAE (§3.2), then the latent prior (§3.4), measures (Table 3), draws (Figures 5, 6).
@@ -41,14 +41,14 @@ class Settings(Options):
     batch_size: int = option(8, "examples in a step", 64)
     weighting: str = option("velocity", "likelihood: Diff-MVAE, a bound; the others: Diff-MVAE*",
                             "simple", choices=tuple(Diffusion.samplers))
-    family: str = option("mopoe", "the subsets drawn", choices=("mopoe", "mvae", "mmvae"))
-    decoder: str = option("diffusion", "or the baseline MoPoE*", choices=("diffusion", "feedforward"))
+    family: str = option("mopoe", "which subsets are drawn", choices=("mopoe", "mvae", "mmvae"))
+    decoder: str = option("diffusion", "or baseline MoPoE*", choices=("diffusion", "feedforward"))
     beta: float = option(None, "weight of the KL (default: 1 for a bound, or 0.01)")
-    weight: float = option(None, "of log p(attributes|z) (default: 1 for a bound, or 10)")
+    weight: float = option(None, "weight of log p(attributes|z) (default: 1 for a bound, or 10)")
     latent_dim: int = option(64, "dimensions of z, an even number squared", 256)
     patch: int = option(2, "side in pixels of what the UNet takes for one pixel", 1)
     channels: int = option(32, "channels of the UNet at its first level", 128)
-    multipliers: int = option([1, 2], "of them at each halving", [1, 2, 2, 3, 4], nargs="+")
+    multipliers: int = option([1, 2], "their multiple at each level", [1, 2, 2, 3, 4], nargs="+")
     attention: int = option(0, "side at which the UNet attends, besides its middle", 16)
     dropout: float = option(0.0, "in the UNet", 0.1)
     encoder_channels: int = option(16, "channels of the encoders at half size", 64)
@@ -230,7 +230,8 @@ def batch(data, i=slice(None)):
 
 
 def image_networks(s):
-    """The image's encoder and its decoder of the kind s.decoder, for settings s."""
+    """The image's encoder and its decoder of the kind s.decoder, for settings s, from its seed."""
+    torch.manual_seed(s.seed)
     D, size, least = s.latent_dim, s.size, max(8, s.patch << len(s.multipliers) - 1)
     if size < least or size & size - 1:
         raise InputError(f"--size {size}: give a power of 2, at least {least}, that can be halved")
@@ -258,10 +259,9 @@ def build(s):
     return model, LatentPrior(UNet(2, 1, s.channels, (1, 2)), (1, side, side))
 
 
-def train(s, data, build, batch, draw):
+def train(s, data, pair, batch, draw):
     """Diff-MVAE (§3.2), then the latent prior (§3.4): both, averaged, and their seconds."""
-    torch.manual_seed(s.seed)
-    model, prior = (part.to(s.device, memory_format=torch.channels_last) for part in build(s))
+    model, prior = (part.to(s.device, memory_format=torch.channels_last) for part in pair)
     rate = lambda part: s.rate if isinstance(part, Diffusion) else s.vae_rate
     rates = [(part, rate(part)) for part in [model.encoders, *model.decoders.values()]]
     objective = "ELBO" if s.is_bound and s.beta == s.weight == 1 else "surrogate"
@@ -332,9 +332,9 @@ def draw(path, model, faces, prior=None):
 
 def run(s):
     """Data, both stages of training, Table 3 on the screen, results.json, samples.png."""
-    data = read_faces(Path(s.data), s.size) if s.data else draw_faces(s.size)
+    pair, data = build(s), read_faces(Path(s.data), s.size) if s.data else draw_faces(s.size)
     data = {split: {k: x.to(s.device) for k, x in part.items()} for split, part in data.items()}
-    model, prior, seconds = train(s, data["train"], build, batch, draw)
+    model, prior, seconds = train(s, data["train"], pair, batch, draw)
     torch.manual_seed(s.seed)
     f1 = table3(model, data["train"], data["test"])
     print(f"\n{'F1, given':<16} {'attributes':>14} {'mask':>8}")

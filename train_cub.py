@@ -1,6 +1,6 @@
 """Diff-MVAE on Caltech Birds (§4.1): a bird's image and its caption, each from the other.
 
-    python train_cub.py               draws birds and captions, 32 px: ten minutes on two CPU cores
+    python train_cub.py               draws birds and captions, 32 px: twelve minutes on a CPU core
     python train_cub.py --data cub    the released data, 64 px, BERT and GPT-2, the paper's settings
 
 New beside train_celeba.py is only a modality: the caption's encoder returns (mu, logvar), its
@@ -42,10 +42,10 @@ class Settings(train_celeba.Settings):
     size: int = option(32, "side of the pictures in pixels", 64)
     steps: int = option(3000, "training steps of Diff-MVAE", 94_000)  # 500 epochs of 5,994 birds
     batch_size: int = option(8, "examples in a step", 32)
-    weight: float = option(None, "of log p(caption|z) (default: 1 for a bound, or 5)")
+    weight: float = option(None, "weight of log p(caption|z) (default: 1 for a bound, or 5)")
     latent_dim: int = option(64, "dimensions of z, an even number", 768)
     channels: int = option(24, "channels of the UNet at its first level", 128)
-    multipliers: int = option([1, 2], "of them at each halving", [1, 2, 2, 4], nargs="+")
+    multipliers: int = option([1, 2], "their multiple at each level", [1, 2, 2, 4], nargs="+")
     vae_rate: float = option(5e-4, "learning rate of all but the image's decoder", 5e-5)
     text: str = option("small", "small: words, untrained; pretrained: from --bert and --gpt2",
                        "pretrained", choices=("small", "pretrained"))
@@ -474,8 +474,8 @@ def run(s):
     for split, (pictures, captions, _) in birds.items():
         tokens = [tokenise(tokenizer, captions, s.tokens) for tokenizer in tokenizers]
         data[split] = {"image": pictures.to(s.device), "caption": torch.stack(tokens, 2).to(s.device)}
-    words, build_here = tokenizers[1], partial(build, tokenizers=tokenizers)
-    model, prior, seconds = train(s, data["train"], build_here, batch, partial(draw, words=words))
+    pair, words = build(s, tokenizers), tokenizers[1]
+    model, prior, seconds = train(s, data["train"], pair, batch, partial(draw, words=words))
     for name, tokenizer in zip(TOKENIZERS, tokenizers):
         tokenizer.save_pretrained(Path(s.out) / name)
     torch.manual_seed(s.seed)
