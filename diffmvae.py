@@ -794,15 +794,15 @@ def save_grid(path, rows, captions=None, side=64):
     """
     font, small, captions = ImageFont.load_default(14), ImageFont.load_default(10), captions or {}
     margin = 12 + max(int(font.getlength(label)) for label in rows)
-    zoom = max(1, side // next(iter(rows.values())).shape[-2])
-    sizes = {label: (len(x), x.shape[-2] * zoom, x.shape[-1] * zoom) for label, x in rows.items()}
-    bottom = sum(height + 2 + 70 * (label in captions) for label, (_, height, _) in sizes.items())
-    right = margin + max(n * (width + 2) for n, _, width in sizes.values())
-    sheet, top = Image.new("RGB", (right, bottom), "white"), 0
+    first = next(iter(rows.values()))
+    height, width = (pixels * max(1, side // first.shape[-1]) for pixels in first.shape[-2:])
+    steps = {label: height + 2 + 70 * (label in captions) for label in rows}
+    right = margin + max(map(len, rows.values())) * (width + 2)
+    sheet, top = Image.new("RGB", (right, sum(steps.values())), "white"), 0
     draw = ImageDraw.Draw(sheet)
-    for label, (n, height, width) in sizes.items():
+    for label, pictures in rows.items():
         draw.text((6, top + height / 2), label, "black", font, anchor="lm")
-        pixels = (rows[label].float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu()
+        pixels = (pictures.float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu()
         for j, picture in enumerate(pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
             left = margin + j * (width + 2)
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
@@ -810,7 +810,7 @@ def save_grid(path, rows, captions=None, side=64):
             if label in captions:
                 text = textwrap.fill(captions[label][j], width // 6)
                 draw.multiline_text((left, top + height), text, "black", small, spacing=1)
-        top += height + 2 + 70 * (label in captions)
+        top += steps[label]
     sheet.save(path)
 
 

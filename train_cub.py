@@ -375,12 +375,17 @@ def spell(words, tokens):
     return words.batch_decode(tokens, skip_special_tokens=True)
 
 
+def others(n):
+    """For each of n examples the place of another one; in CUB a neighbour would be of its kind."""
+    return torch.arange(n).roll(n // 2)
+
+
 def caption_nats(model, x):
     """{given: log p(caption|z) in nats, averaged over examples x, z ~ q(z|given)}."""
     def log_prob(x, given):
         return [model.decoders["caption"].log_prob(x["caption"], infer(model, x, given))]
 
-    other = x | {"image": x["image"].roll(len(x["image"]) // 2, 0)}
+    other = x | {"image": x["image"][others(len(x["image"]))]}
     sources = {"both": (x, ("image", "caption")), "the caption": (x, ("caption",)),
                "the image": (x, ("image",)), "another bird's image": (other, ("image",))}
     return {label: {"nats": in_batches(lambda x: log_prob(x, given), x, label, 32)[0].mean().item()}
@@ -389,7 +394,7 @@ def caption_nats(model, x):
 
 def generate(model, words, x, n, prior=None):
     """{label: (pictures, captions)}: x, its captions from its images, n images from captions and,
-    with the prior, n of both from nothing; and x with the captions of other birds."""
+    with the prior, n of both from nothing."""
     def sample(name, z):
         decode = model.decoders[name].sample
         found = in_batches(lambda b: [decode(b["z"])], {"z": z}, f"decoding {name}s")[0]
@@ -397,8 +402,7 @@ def generate(model, words, x, n, prior=None):
 
     given = lambda name: in_batches(lambda x: [infer(model, x, [name])], x, "encoding")[0]
     image, said = x["image"], spell(words, x["caption"][:, 1])
-    shift = len(image) // 2  # in CUB a neighbour is of the same kind
-    pairs = {"real": (image, said), "real, shuffled": (image.roll(shift, 0), said),
+    pairs = {"real": (image, said),
              "caption from image": (image, sample("caption", given("image"))),
              "image from caption": (sample("image", given("caption")[:n]), said[:n])}
     if prior:
@@ -412,9 +416,8 @@ def generate(model, words, x, n, prior=None):
 def coherence(pairs, factors):
     """{label: {measure: share}}: colours that captions name, read from the pictures; all that they
     say, compared with the factors of real pictures; captions that follow the grammar."""
-    shift = len(factors) // 2
     known = {"real": factors, "caption from image": factors,
-             "real, shuffled": factors[-shift:] + factors[:-shift]}
+             "real, shuffled": [factors[i] for i in others(len(factors))]}
     table = {}
     for label, (pictures, captions) in pairs.items():
         said = [parse(caption) for caption in captions]
@@ -459,7 +462,6 @@ def table2(name, pairs, device):
 def draw(path, model, x, prior=None, words=None):
     """Figures 3 and 4: generate's rows; at the end, with the prior, four pictures a caption."""
     pairs = generate(model, words, x, len(x["image"]), prior)
-    del pairs["real, shuffled"]
     for again in range(2, 5 if prior else 2):
         pictures = model.decoders["image"].sample(infer(model, x, ["caption"]))
         pairs[f"image from caption ({again})"] = pictures, pairs["real"][1]
@@ -481,6 +483,8 @@ def run(s):
     torch.manual_seed(s.seed)
     test = batch(data["test"] | {"caption": data["test"]["caption"][:, 0]})
     pairs, factors = generate(model, words, test, s.measured, prior), birds["test"][2]
+    pictures, captions = pairs["real"]
+    pairs["real, shuffled"] = pictures[others(len(pictures))], captions
     results = {"log p(caption|z), z given": caption_nats(model, test)}
     if factors:
         results["coherence"] = coherence(pairs, factors)
