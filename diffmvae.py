@@ -5,24 +5,13 @@ Gaussians; training draws subsets (MoPoE). Simple modalities have feed-forward d
 a diffusion decoder conditioned on z, whose denoising score-matching loss stands inside the ELBO. A
 second, small diffusion model learns the distribution of z for unconditional samples.
 
-The file follows the paper from top to bottom. Its notation:
+The file follows the paper from top to bottom; README.md lists what is where. Its notation:
 
     x_1 .. x_M    modalities                          z           latent, (B, D), p(z) = N(0, I)
     A, S, ω_A     a subset, their family, its weight  μ, log σ²   mu, logvar of an expert or product
     t ∈ [0, 1]    time                                x_t         α(t) x + σ(t) ε, with ε ~ N(0, I)
     ℓ(t)          log-SNR, log α²/σ²                  β(t)        g(t)², the SDE's noise rate
     ε̂_θ(x_t,z,t)  the predicted noise                 s_θ         the score, −ε̂/σ
-
-    paper                                here
-    §3.1, the SDE, q(x_t|x_0)            VPSDE
-    §3.1, Eq. 1, Eq. 2                   Diffusion.error, Diffusion.log_prob
-    §3.2, Σ_A ω_A q(z|x_A)               subsets, product_of_experts
-    §3.2, Eqs. 3 to 5                    DiffMVAE.elbo
-    §3.3, conditional sampling           DiffMVAE.posterior, sample_gaussian, DiffMVAE.decode
-    §3.4, unconditional sampling         LatentPrior
-    §4, DDIM and Euler–Maruyama          ddim, euler_maruyama
-    §4, UNet, Soft-IntroVAE networks     UNet, ConvEncoder, ConvDecoder
-    §4.2, F1, Fréchet distance           f1_score, frechet_distance
 
 Departures from the paper's formulas are marked "Deviation"; README.md lists these and the rest.
 """
@@ -38,9 +27,10 @@ import signal
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -284,20 +274,18 @@ def zeroed(layer):
 
 
 class Attention(nn.Module):
-    """Self-attention over positions: x + proj(softmax(q kᵀ/√d) v). (B, C, ...) -> (B, C, ...)"""
+    """Self-attention over positions: x + attention(GN(x)). (B, C, ...) -> (B, C, ...)"""
 
-    def __init__(self, dims, channels, heads):
+    def __init__(self, channels, heads):
         super().__init__()
-        self.heads, self.norm = heads, group_norm(channels)
-        self.qkv = CONV[dims](channels, 3 * channels, 1)
-        self.proj = zeroed(CONV[dims](channels, channels, 1))
+        self.norm = group_norm(channels)
+        self.attention = nn.MultiheadAttention(channels, heads, batch_first=True)
+        zeroed(self.attention.out_proj)
 
     def forward(self, x):
-        qkv = self.qkv(self.norm(x)).flatten(2)  # (B, 3C, L)
-        qkv = qkv.unflatten(1, (3, self.heads, -1)).transpose(-1, -2)  # (B, 3, heads, L, C/heads)
-        q, k, v = qkv.unbind(1)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(h.transpose(-1, -2).reshape(x.shape))
+        h = self.norm(x).flatten(2).mT  # (B, L, C)
+        h, _ = self.attention(h, h, h, need_weights=False)
+        return x + h.mT.reshape(x.shape)
 
 
 class ResBlock(nn.Module):
@@ -313,7 +301,7 @@ class ResBlock(nn.Module):
         self.modulation = nn.Linear(embedding, 2 * c_out) if embedding else None
         self.dropout = nn.Dropout(dropout)
         self.skip = CONV[dims](c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.attention = Attention(dims, c_out, heads) if heads else nn.Identity()
+        self.attention = Attention(c_out, heads) if heads else nn.Identity()
         if embedding:
             zeroed(self.conv2)
 
@@ -329,13 +317,14 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """v(x_t, ℓ, z) in 1-D (CUB's latent prior) or 2-D (images, CelebA's latent prior).
 
-    x: (B, channels, L) or (B, channels, H, W), sides divisible by patch · 2^(levels − 1). log_snr:
-    (B,). z: (B, z_dim), or None if z_dim = 0. Both condition every block by adaptive group norm
-    (Preechakul et al. 2022). attention: the levels that have it, 0 the finest; the middle has. The
-    first layer makes one position of a patch and the last undoes it (Hoogeboom et al. 2023).
+    x: (B, channels, size) or (B, channels, size, size), size divisible by patch · 2^(levels − 1).
+    log_snr: (B,). z: (B, z_dim), or None if z_dim = 0. Both condition every block by adaptive group
+    norm (Preechakul et al. 2022); z also stands beside x_t as a picture that is linear in z, a
+    first guess of x (as Pandey et al. 2022 do with a VAE's). attention: the levels that have it, 0
+    the finest; the middle has. A patch is one position inside (Hoogeboom et al. 2023).
     """
 
-    def __init__(self, dims, channels, width, multipliers, blocks=2, attention=(), heads=8,
+    def __init__(self, dims, channels, size, width, multipliers, blocks=2, attention=(), heads=8,
                  dropout=0.0, z_dim=0, patch=1):
         super().__init__()
         widths, c, e = [width * m for m in multipliers], width, max(256, 4 * width)
@@ -345,7 +334,9 @@ class UNet(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.embed_time = nn.Sequential(nn.Linear(2 * (width // 2), e), nn.SiLU(), nn.Linear(e, e))
         self.embed_z = nn.Linear(z_dim, e) if z_dim else None
-        self.stem = CONV[dims](channels, c, patch + 2, stride=patch, padding=1)
+        self.guess = nn.Linear(z_dim, channels * size**dims) if z_dim else None
+        inputs = 2 * channels if z_dim else channels
+        self.stem = CONV[dims](inputs, c, patch + 2, stride=patch, padding=1)
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [c]
         for level, w in enumerate(widths):
             stage = nn.ModuleList(block(c if i == 0 else w, w, level) for i in range(blocks))
@@ -369,8 +360,9 @@ class UNet(nn.Module):
     def forward(self, x, log_snr, z=None):
         angles = log_snr[:, None] * self.frequencies  # (B, width/2)
         e = self.embed_time(torch.cat([angles.sin(), angles.cos()], dim=1))  # (B, embedding)
-        e = F.silu(e if z is None else e + self.embed_z(z))
-        h = self.stem(x)
+        if z is not None:
+            e, x = e + self.embed_z(z), torch.cat([x, self.guess(z).view_as(x)], dim=1)
+        e, h = F.silu(e), self.stem(x)
         skips = [h]
         for stage, downsample in self.down:
             for block in stage:
@@ -389,8 +381,19 @@ class UNet(nn.Module):
         return self.out(h)
 
 
+def spread(linear):
+    """The last layer of an encoder with the means' weights eight times as large: z then starts as
+    wide as N(0, I), and decoders see at once what is in it."""
+    linear.weight.data.chunk(2)[0].mul_(8)
+    return linear
+
+
 class Encoder(nn.Sequential):
-    """q(z|x) = N(μ, σ²): layers whose last one gives 2D numbers -> (mu, logvar), each (B, D)."""
+    """q(z|x) = N(μ, σ²): layers, last a linear one to 2D numbers -> (mu, logvar), each (B, D)."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        spread([layer for layer in self.modules() if isinstance(layer, nn.Linear)][-1])
 
     def forward(self, x):
         return super().forward(x).chunk(2, dim=-1)
@@ -615,10 +618,8 @@ def option(drawn, help, real=None, **flag):
 
 @dataclass
 class Options:
-    """Settings that are also a command line: each field, made by option, is a flag.
-
-    A field left None takes its default. Scripts add their own fields and give these their defaults.
-    """
+    """Settings that are also a command line: each field, made by option, is a flag, and where it is
+    None takes its default. Scripts add their own fields and give these their defaults."""
 
     data: str = option("", "folder of the real data; without it data are drawn")
     out: str = option("runs", "folder for checkpoints, numbers and pictures")
@@ -634,6 +635,14 @@ class Options:
         for f in fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, f.metadata["real" if self.data else "drawn"])
+            value, least = getattr(self, f.name), 0 if not f.metadata["drawn"] else 1e-9
+            if any(v < least for v in np.ravel(value) if isinstance(v, (int, float, np.number))):
+                raise InputError(f"--{f.name.replace('_', '-')} {value}: give a positive number")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as problem:
+            why = str(problem).splitlines()[0]
+            raise InputError(f"--device {self.device} cannot be used ({why}): give cpu") from problem
 
     @classmethod
     def parse(cls, description):
@@ -658,13 +667,20 @@ class Options:
 def save_checkpoint(path, state):
     """Write beside, then rename: path holds the old state or the new one, never half of it."""
     part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    try:
+        torch.save(state, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as problem:  # RuntimeError: how torch says that a disk is full
+        cure = "make room or take another folder; what was saved before is whole"
+        raise InputError(f"{path} cannot be written ({problem}): {cure}") from problem
 
 
 def restore(path, settings, parts, device):
     """Load {name: part} from a checkpoint of the same settings; return its step and seconds."""
-    state = torch.load(path, device, weights_only=True)
+    try:
+        state = torch.load(path, device, weights_only=True)
+    except Exception as problem:  # torch has no class for what is not, or not all of, a checkpoint
+        raise InputError(f"{path} is damaged ({problem}): remove it") from problem
     was = state["settings"]
     if differ := [k for k in was | settings if was.get(k) != settings.get(k)]:
         changes = ", ".join(f"{k} was {was.get(k)!r} and is {settings.get(k)!r}" for k in differ)
@@ -675,25 +691,25 @@ def restore(path, settings, parts, device):
     return state["step"], state["seconds"]
 
 
-@contextmanager
-def interruptible():
-    """A list that Ctrl-C fills, so that the step under way is finished instead of torn in two."""
-    pressed = []
-    previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+def prepare(options):
+    """Refuse at once what would fail late: a folder not to be written to, other checkpoints."""
+    out = Path(options.out)
     try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out).close()
+    except OSError as problem:
+        raise InputError(f"--out {out} cannot be written to ({problem}): take another") from problem
+    for path, stage in ((out / f"{stage}.pt", stage) for stage in STAGES):
+        if path.exists():
+            restore(path, options.shared(stage), {}, options.device)
 
 
 def readings(named, step):
     """{name: float} of the means, or a FloatingPointError that names the terms that broke."""
     values = dict(zip(named, torch.stack(list(named.values())).tolist()))
-    if broken := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise FloatingPointError(
-            f"{', '.join(broken)} not finite before step {step}: the last checkpoint is kept; "
-            "lower the learning rate or look at the data"
-        )
+    if broken := ", ".join(name for name, value in values.items() if not math.isfinite(value)):
+        cure = "the last checkpoint is kept; lower the learning rate or look at the data"
+        raise FloatingPointError(f"{broken} not finite before step {step}: {cure}")
     return values
 
 
@@ -722,7 +738,10 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
     step, seconds = restore(path, settings, parts, options.device) if path.exists() else (0, 0.0)
     weights, averages = list(model.parameters()), list(averaged.parameters())
     progress = tqdm(desc=stage, total=steps, initial=step, unit=" images", unit_scale=size)
-    with interruptible() as stop, progress as bar:
+    with ExitStack() as stack, progress as bar:
+        stop = []  # Ctrl-C fills it, and the step under way is finished
+        usual = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+        stack.callback(signal.signal, signal.SIGINT, usual)
         started = time.monotonic() - seconds
         while step < steps:
             torch.manual_seed(seed_at(options.seed, stage, step))
@@ -776,41 +795,31 @@ def frechet_distance(a, b):
     return distance.item()
 
 
-def best_constant_f1(train, test):
-    """F1 on test of the best prediction that ignores the input: a thresholded mean over train."""
-    mean, thresholds = train.float().mean(0), torch.linspace(0.05, 0.95, 19)
-    return max(f1_score((mean >= p).expand(test.shape), test) for p in thresholds)
-
-
-def bits_per_dim(log_prob, dims):
-    """log p(x) in nats of 8-bit data in [−1, 1], where a grey level is 1/127.5, as bits per dim."""
-    return -log_prob / (dims * math.log(2)) + math.log2(127.5)
-
-
 def save_grid(path, rows, captions=None, side=64):
     """A PNG of labelled rows, {label: (n, 1 or 3, H, W) in [−1, 1]}, enlarged to this side or more.
 
     captions: {label: n strings}, written under the pictures of that row.
     """
-    font, small, captions = ImageFont.load_default(14), ImageFont.load_default(10), captions or {}
-    margin = 12 + max(int(font.getlength(label)) for label in rows)
-    first = next(iter(rows.values()))
-    height, width = (pixels * max(1, side // first.shape[-1]) for pixels in first.shape[-2:])
-    steps = {label: height + 2 + 70 * (label in captions) for label in rows}
-    right = margin + max(map(len, rows.values())) * (width + 2)
-    sheet, top = Image.new("RGB", (right, sum(steps.values())), "white"), 0
-    draw = ImageDraw.Draw(sheet)
+    font, small, strips = ImageFont.load_default(14), ImageFont.load_default(10), {}
+    margin, captions = 12 + max(int(font.getlength(label)) for label in rows), captions or {}
+    scale = max(1, side // next(iter(rows.values())).shape[-1])
     for label, pictures in rows.items():
+        pixels = (pictures.float().cpu() * 127.5 + 127.5).round().clamp(0, 255).expand(-1, 3, -1, -1)
+        pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+        pixels = F.pad(pixels, (0, 2, 0, 72 if label in captions else 2), value=255)
+        strips[label] = pixels.permute(2, 0, 3, 1).flatten(1, 2).byte().numpy()  # (H, n W, 3)
+    size = margin + max(s.shape[1] for s in strips.values()), sum(map(len, strips.values()))
+    sheet, top = Image.new("RGB", size, "white"), 0
+    draw = ImageDraw.Draw(sheet)
+    for label, strip in strips.items():
+        sheet.paste(Image.fromarray(strip), (margin, top))
+        width = strip.shape[1] // len(rows[label])
+        height = scale * rows[label].shape[-2]
         draw.text((6, top + height / 2), label, "black", font, anchor="lm")
-        pixels = (pictures.float() * 127.5 + 127.5).round().clamp(0, 255).byte().cpu()
-        for j, picture in enumerate(pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
-            left = margin + j * (width + 2)
-            tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left, top))
-            if label in captions:
-                text = textwrap.fill(captions[label][j], width // 6)
-                draw.multiline_text((left, top + height), text, "black", small, spacing=1)
-        top += steps[label]
+        for j, caption in enumerate(captions.get(label, [])):
+            text = textwrap.fill(caption, width // 6)
+            draw.multiline_text((margin + j * width, top + height), text, "black", small, spacing=1)
+        top += len(strip)
     sheet.save(path)
 
 
@@ -824,17 +833,13 @@ def in_batches(f, data, label, size=250):
 
 def save_results(options, results):
     """Write results, the settings and the machine to results.json in the folder options.out."""
-    cuda = options.device.startswith("cuda")
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    cpu = f"CPU, {torch.get_num_threads()} threads"
-    images = options.steps * options.batch_size
-    path = Path(options.out) / "results.json"
-    record = {
-        "settings": asdict(options),
-        "device": torch.cuda.get_device_name() if cuda else cpu,
-        "peak memory, GiB": (torch.cuda.max_memory_allocated() if cuda else resident) / 2**30,
-        "images trained per second": images / results["seconds"]["model"],
-    }
+    name, peak = f"CPU, {torch.get_num_threads()} threads", resource.getrusage(resource.RUSAGE_SELF)
+    memory, path = peak.ru_maxrss * 1024, Path(options.out) / "results.json"
+    if options.device.startswith("cuda"):
+        name, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+    speed = options.steps * options.batch_size / results["seconds"]["model"]
+    record = {"settings": asdict(options), "device": name, "peak memory, GiB": memory / 2**30,
+              "images trained per second": speed}
     path.write_text(json.dumps(record | results, indent=1))
     print(f"\nNumbers are in {path}, pictures in {path.with_name('samples.png')}.")
 
@@ -843,7 +848,9 @@ def main(run, options, description):
     """A script's entry: run on the command line's options; an InputError is a line, status 2."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     try:
-        run(options.parse(description))
+        settings = options.parse(description)
+        prepare(settings)
+        run(settings)
     except (InputError, FloatingPointError, KeyboardInterrupt) as problem:
         why = str(problem) or "stopped: run it again"
         print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)

@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from diffmvae import (
     STAGES, CalibratedGaussian, ConvDecoder, ConvEncoder, DiffMVAE, Diffusion, Encoder, FeedForward,
-    InputError, LatentPrior, Options, UNet, bernoulli, best_constant_f1, bits_per_dim, f1_score,
+    InputError, LatentPrior, Options, UNet, bernoulli, f1_score,
     fit, in_batches, main, mlp, option, sample_gaussian, save_checkpoint, save_grid, save_results,
 )
 
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
     Heavy_Makeup Male Mouth_Slightly_Open Mustache Pale_Skin Receding_Hairline Smiling Straight_Hair
     Wavy_Hair Wearing_Hat""".split()
+SPLITS = {"train": range(162_771), "test": range(182_638, 202_599)}  # indices in CelebA
 PARTS = """nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l
     neck cloth""".split()  # all but the skin
 
@@ -129,7 +130,7 @@ def shapes_of(a, w, skin, hair, clothes, hat):
 
 
 def draw_face(a, rng, size):
-    """Picture (size, size, 3), mask (size, size) of a face with attributes a; the rest is rng's."""
+    """Picture and mask, (size, size, 3 + 1), of a face with attributes a; the rest is rng's."""
     background, clothes, hat = (tuple(rng.integers(30, 226, 3).tolist()) for _ in range(3))
     dx, dy, w = (int(rng.integers(*ends)) for ends in ((62, 67), (-2, 3), (26, 31)))
     tone, shade = 0.55 + 0.45 * rng.random(), 0.9 + 0.2 * rng.random()
@@ -144,8 +145,7 @@ def draw_face(a, rng, size):
             box = (left + dx, y0 + dy, right + dx, y1 + dy)
             for pen, colour in zip(pens, (fill, 255 * in_mask)):
                 getattr(pen, shape)(box, fill=colour, **options)
-    picture, mask = (np.asarray(x.resize((size, size), Image.Resampling.BOX)) for x in layers)
-    return picture, mask > 127
+    return shrunk(*layers, size)
 
 
 def draw_faces(size):
@@ -155,29 +155,51 @@ def draw_faces(size):
     for k, (split, n) in enumerate(FACES.items()):
         rng = np.random.default_rng(k)
         drawn = (draw_attributes(rng) for _ in tqdm(range(n), f"drawing faces to {split}"))
-        data[split] = as_tensors([(*draw_face(a, rng, size), list(a.values())) for a in drawn])
+        layers, attributes = zip(*((draw_face(a, rng, size), list(a.values())) for a in drawn))
+        data[split] = modalities(torch.from_numpy(np.stack(layers)), torch.tensor(attributes))
     return data
+
+
+def shrunk(picture, mask, size):
+    """A PIL picture and its mask as uint8 (size, size, 3 + 1); the mask is 0 or 1."""
+    picture, mask = (np.asarray(x.resize((size, size), Image.Resampling.BOX)) for x in (picture, mask))
+    return np.dstack([picture, mask > 127])
+
+
+def modalities(layers, attributes):
+    """(N, H, W, 3 + 1) uint8 and (N, 18) bool -> {modality: uint8 (N, ...)}."""
+    image, mask = layers.permute(0, 3, 1, 2).split([3, 1], dim=1)
+    return {"image": image, "mask": mask, "attributes": attributes.byte()}
 
 
 # ---- CelebAMask-HQ as released -------------------------------------------------------------------
 
-def as_tensors(faces):
-    """[(picture (H, W, 3), mask (H, W), attributes (18,)), ...] -> {modality: uint8 (N, ...)}."""
-    image, mask, attributes = (torch.from_numpy(np.stack(x).astype(np.uint8)) for x in zip(*faces))
-    return {"image": image.permute(0, 3, 1, 2), "mask": mask[:, None], "attributes": attributes}
+def read_table(path, pair, header=0, keys=()):
+    """{key: value}, (key, value) = pair(*words) for each line but the header and blank ones; it
+    must have these keys."""
+    table = {}
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+        try:
+            table |= [pair(*line.split())] if number > header and line.strip() else []
+        except (TypeError, ValueError, KeyError):  # words too many, too few, or others
+            start = line[:40]
+            raise InputError(f"{path}, line {number} ({start}) is not as released: unpack it again")
+    if missing := set(keys) - table.keys():
+        raise InputError(f"{path} lacks picture {min(missing)}: unpack it again")
+    return table
 
 
 def read_attributes(path):
     """CelebAMask-HQ-attribute-anno.txt -> {k: [18 bools]}; it says which pictures there are."""
-    _, names, *lines = (line.split() for line in path.read_text().splitlines())
+    names = path.read_text().splitlines()[1].split()
     if missing := [name for name in ATTRIBUTES if name not in names]:
         raise InputError(f"{path} lacks {', '.join(missing)}: take the file as released")
-    listed = {}
-    for number, (name, *values) in enumerate(lines, 3):
-        if len(values) != len(names) or not set(values) <= {"1", "-1"}:
-            raise InputError(f"{path}, line {number}: it needs {len(names)} values 1 or -1")
-        listed[int(name.removesuffix(".jpg"))] = [values[names.index(a)] == "1" for a in ATTRIBUTES]
-    return listed
+
+    def pair(name, *values):
+        on = dict(zip(names, ({"1": True, "-1": False}[value] for value in values), strict=True))
+        return int(name.removesuffix(".jpg")), [on[a] for a in ATTRIBUTES]
+
+    return read_table(path, pair, header=2)
 
 
 def open_picture(path, mode):
@@ -189,13 +211,25 @@ def open_picture(path, mode):
 
 
 def read_face(folder, k, size):
-    """Picture (size, size, 3) and mask (size, size) of face k: all parts but skin united (§4.2)."""
+    """Picture and mask, (size, size, 3 + 1), of face k: all parts but the skin united (§4.2)."""
     masks = folder / "CelebAMask-HQ-mask-anno" / f"{k // 2000}"
-    parts = (path for part in PARTS if (path := masks / f"{k:05d}_{part}.png").exists())
+    parts = [path for part in PARTS if (path := masks / f"{k:05d}_{part}.png").exists()]
+    if not parts:
+        raise InputError(f"{masks} has no mask of picture {k}: unpack it again")
     union = np.maximum.reduce([np.asarray(open_picture(path, "L")) for path in parts])
-    layers = open_picture(folder / "CelebA-HQ-img" / f"{k}.jpg", "RGB"), Image.fromarray(union)
-    picture, mask = (np.asarray(x.resize((size, size), Image.Resampling.BOX)) for x in layers)
-    return picture, mask > 127
+    picture = open_picture(folder / "CelebA-HQ-img" / f"{k}.jpg", "RGB")
+    return shrunk(picture, Image.fromarray(union), size)
+
+
+def decoded(cache, read, names):
+    """[read(name) for each name], in threads; kept in the file cache and taken from there."""
+    kept = torch.load(cache, weights_only=True) if cache.exists() else {}
+    if kept.get("names") != names:
+        with ThreadPoolExecutor() as pool:
+            arrays = list(tqdm(pool.map(read, names), "decoding pictures", len(names)))
+        kept = {"names": names, "arrays": torch.from_numpy(np.stack(arrays))}
+        save_checkpoint(cache, kept)
+    return kept["arrays"]
 
 
 def read_faces(folder, size):
@@ -205,20 +239,15 @@ def read_faces(folder, size):
     for path in (anno, mapping, folder / "CelebAMask-HQ-mask-anno", folder / "CelebA-HQ-img"):
         if not path.exists():
             raise InputError(f"{path} is missing: --data is the folder CelebAMask-HQ as released")
-    attributes, cache = read_attributes(anno), folder / f"diffmvae-{size}.pt"
-    saved = torch.load(cache, weights_only=True) if cache.exists() else {}
-    if saved.get("attributes") == attributes:
-        return saved["data"]
-    rows = map(str.split, mapping.read_text().splitlines()[1:])
-    origin = {int(k): int(i) for k, i, *_ in rows}  # the index in CelebA
-    faces = dict(train=[], validation=[], test=[])
-    with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda k: read_face(folder, k, size), attributes)
-        for k, face in zip(attributes, tqdm(decoded, "decoding faces", len(attributes))):
-            split = list(faces)[(origin[k] >= 162_771) + (origin[k] >= 182_638)]
-            faces[split].append((*face, attributes[k]))
-    data = {split: as_tensors(part) for split, part in faces.items() if part}
-    save_checkpoint(cache, {"attributes": attributes, "data": data})
+    listed = read_attributes(anno)
+    origin = read_table(mapping, lambda k, i, *_: (int(k), int(i)), 1, listed)  # index in CelebA
+    layers = decoded(folder / f"diffmvae-{size}.pt", lambda k: read_face(folder, k, size), list(listed))
+    data, attributes = {}, torch.tensor(list(listed.values()))
+    for split, indices in SPLITS.items():
+        chosen = torch.tensor([origin[k] in indices for k in listed])
+        if not chosen.any():
+            raise InputError(f"{anno} lists no picture of CelebA's {split} split: take the whole file")
+        data[split] = modalities(layers[chosen], attributes[chosen])
     return data
 
 
@@ -233,13 +262,17 @@ def image_networks(s):
     """The image's encoder and its decoder of the kind s.decoder, for settings s, from its seed."""
     torch.manual_seed(s.seed)
     D, size, least = s.latent_dim, s.size, max(8, s.patch << len(s.multipliers) - 1)
-    if size < least or size & size - 1:
-        raise InputError(f"--size {size}: give a power of 2, at least {least}, that can be halved")
+    if size % least or size & size - 1:
+        raise InputError(f"--size {size}: give a power of 2 and a multiple of {least}")
+    for flag, number, factor in (("channels", s.channels, 8), ("encoder-channels", s.encoder_channels, 2)):
+        if number % factor:
+            raise InputError(f"--{flag} {number}: give a multiple of {factor}")
     if s.decoder == "feedforward":
         decoder = FeedForward(ConvDecoder(3, size, D, s.widths), CalibratedGaussian())
     else:
         attention = [k for k in range(len(s.multipliers)) if size // s.patch >> k == s.attention]
-        unet = UNet(2, 3, s.channels, s.multipliers, 2, attention, 8, s.dropout, D, s.patch)
+        unet = UNet(2, 3, size, s.channels, s.multipliers, attention=attention, dropout=s.dropout,
+                    z_dim=D, patch=s.patch)
         decoder = Diffusion(unet, (3, size, size), weighting=s.weighting)
     return ConvEncoder(3, size, D, s.widths), decoder
 
@@ -256,7 +289,7 @@ def build(s):
     decoders = {"image": decoder, "mask": FeedForward(ConvDecoder(1, s.size, D, narrow), bernoulli),
                 "attributes": FeedForward(mlp(D, 256, 256, n), bernoulli)}
     model = DiffMVAE(encoders, decoders, s.family, s.beta, {"attributes": s.weight})
-    return model, LatentPrior(UNet(2, 1, s.channels, (1, 2)), (1, side, side))
+    return model, LatentPrior(UNet(2, 1, side, s.channels, (1, 2)), (1, side, side))
 
 
 def train(s, data, pair, batch, draw):
@@ -293,41 +326,68 @@ CONDITIONS = {"from all": ("image", "mask", "attributes"), "from the image": ("i
               "from the attributes": ("attributes",)}
 
 
-def infer(model, faces, given):
-    """z ~ q(z|x_o), x_o the given modalities of faces (§3.3): (B, D)."""
-    return sample_gaussian(*model.posterior({name: faces[name] for name in given}))
+def infer(model, x, given):
+    """z ~ q(z|x_o), x_o the given modalities of x (§3.3): (N, D)."""
+    observed = {name: x[name] for name in given}
+    return in_batches(lambda o: [sample_gaussian(*model.posterior(o))], observed, "encoding")[0]
+
+
+def sample(decoder, z):
+    """One x ~ p(x|z) for each row of z, in batches."""
+    return in_batches(lambda rows: [decoder.sample(rows["z"])], {"z": z}, "sampling")[0]
+
+
+def unconditional(prior, n):
+    """n rows of z from nothing (§3.4), without and with the latent prior: {label: (n, D)}."""
+    rows = {"z": prior.mean.expand(n, -1)}
+    z = in_batches(lambda rows: [prior.sample(len(rows["z"]))], rows, "sampling z")[0]
+    return {"unconditional, latent prior": z, "unconditional, N(0, I)": torch.randn_like(z)}
+
+
+def best_constant_f1(train, test):
+    """F1 on test of the best prediction that ignores the input: a thresholded mean over train."""
+    mean, thresholds = train.float().mean(0), torch.linspace(0.05, 0.95, 19)
+    return max(f1_score((mean >= p).expand(test.shape), test) for p in thresholds)
 
 
 def table3(model, train, test):
-    """Table 3's F1, {modality: {given: score}}, beside the best that ignores the input."""
-    scores = dict(attributes={}, mask={})
-    for target, other in zip(scores, reversed(scores)):
-        for label, given in (("both others", ("image", other)), ("the image", ("image",))):
-            predict = lambda x: [model.decoders[target].sample(infer(model, batch(x), given))]
-            (predicted,) = in_batches(predict, test, f"{target} given {label}")
-            scores[target][label] = f1_score(predicted, test[target])
-        scores[target]["nothing"] = best_constant_f1(train[target], test[target])
+    """Table 3's F1, {given: {modality: score}}, beside the best that ignores the input."""
+    scores = {"both others": {}, "the image": {}, "nothing": {}}
+    for target, other in (("attributes", "mask"), ("mask", "attributes")):
+        for label, given in (("both others", ["image", other]), ("the image", ["image"])):
+            predicted = sample(model.decoders[target], infer(model, batch(test), given))
+            scores[label][target] = f1_score(predicted, test[target])
+        scores["nothing"][target] = best_constant_f1(train[target], test[target])
     return scores
 
 
 def nats(model, test):
-    """Eq. 5 by its terms, averaged over test, and the image's term in bits per dimension."""
+    """Eq. 5's terms averaged over test, and the image's in bits per dimension: {"test": terms}."""
     terms = in_batches(lambda x: model.full_elbo(batch(x)).terms().values(), test, "ELBO")
     named = dict(zip(["ELBO", *model.decoders, "KL"], (term.mean().item() for term in terms)))
-    named["image, bits per dimension"] = bits_per_dim(named["image"], test["image"][0].numel())
-    return named
+    bits = named["image"] / test["image"][0].numel() / math.log(2)  # of a density on [−1, 1],
+    named["image, bits per dimension"] = math.log2(127.5) - bits  # where a grey level is 1/127.5
+    return {"test": named}
 
 
 @torch.no_grad()
 def draw(path, model, faces, prior=None):
     """Rows: real faces, generated given each condition and, with the prior, given nothing."""
     z = {label: infer(model, faces, given) for label, given in CONDITIONS.items()}
-    if prior:
-        z["unconditional, latent prior"] = prior.sample(len(faces["image"]))
-        z["unconditional, N(0, I)"] = torch.randn_like(z["from all"])
+    z |= unconditional(prior, len(faces["image"])) if prior else {}
     rows = {"real": faces["image"], "real masks": 2 * faces["mask"] - 1}
     rows |= {k: model.decoders["image"].sample(z[k]) for k in tqdm(z, path.stem, leave=False)}
     save_grid(path, rows)
+
+
+def show(tables):
+    """Print {title: {row: {column: number}}} in Markdown."""
+    for title, table in tables.items():
+        columns = list(dict.fromkeys(column for row in table.values() for column in row))
+        print(f"\n| {title} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+        for name, row in table.items():
+            cells = (f"{row[column]:.3f}" if column in row else "" for column in columns)
+            print(f"| {name} | {' | '.join(cells)} |")
 
 
 def run(s):
@@ -336,14 +396,12 @@ def run(s):
     data = {split: {k: x.to(s.device) for k, x in part.items()} for split, part in data.items()}
     model, prior, seconds = train(s, data["train"], pair, batch, draw)
     torch.manual_seed(s.seed)
-    f1 = table3(model, data["train"], data["test"])
-    print(f"\n{'F1, given':<16} {'attributes':>14} {'mask':>8}")
-    for given, score in f1["attributes"].items():
-        print(f"{given:<16} {score:14.3f} {f1['mask'][given]:8.3f}")
-    bound = nats(model, data["test"]) if s.is_bound else {}
-    print(*(f"{name:<26} {value:12,.2f}" for name, value in bound.items()), sep="\n")
+    results = {"F1, given": table3(model, data["train"], data["test"])}
+    if s.is_bound:
+        results["nats"] = nats(model, data["test"])
+    show(results)
     draw(Path(s.out) / "samples.png", model, batch(data["test"], slice(10)), prior)
-    save_results(s, {"F1": f1, "nats": bound, "seconds": seconds})
+    save_results(s, results | {"seconds": seconds})
 
 
 if __name__ == "__main__":

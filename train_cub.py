@@ -8,7 +8,6 @@ decoder has log_prob and sample. The same command run again goes on where it sto
 """
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from huggingface_hub import model_info
+from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
@@ -27,11 +26,11 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 import train_celeba
 from diffmvae import (
     DiffMVAE, InputError, LatentPrior, UNet, frechet_distance, in_batches, in_bf16, main, option,
-    save_checkpoint, save_grid, save_results,
+    save_grid, save_results, spread,
 )
-from train_celeba import image_networks, infer, open_picture, train
-
-TOKENIZERS = "tokenizer-in", "tokenizer-out"  # BERT's and GPT-2's, folders of a finished run
+from train_celeba import (
+    decoded, image_networks, infer, open_picture, read_table, sample, show, train, unconditional,
+)
 
 
 @dataclass
@@ -66,30 +65,25 @@ BIRDS = {"train": 8_000, "test": 500}
 COLOURS = {"black": (25, 25, 30), "white": (246, 246, 242), "grey": (140, 140, 146),
            "brown": (122, 76, 38), "red": (208, 38, 44), "yellow": (242, 208, 48),
            "blue": (48, 88, 205), "green": (58, 152, 70)}
-SHAPES = {"short": [(70, -27)], "long": [(88, -27)], "curved": [(72, -31), (78, 4)]}  # of the bill
+SHAPES = {"short": [(74, -27)], "long": [(94, -27)], "curved": [(76, -32), (82, 6)]}  # of the bill
 SIZES = {"small": 0.68, "large": 0.85}
-NOUNS = {"crown": ("crown", "cap"), "bill": ("bill", "beak"), "body": ("body", "throat"),
-         "wing": ("wings", "secondaries"), "belly": ("belly", "breast")}
-FACTORS = dict.fromkeys(NOUNS, COLOURS) | {"shape": SHAPES, "size": SIZES}
-SPOTS = {"crown": (28, -38), "bill": (55, -28), "body": (28, -18), "wing": (-8, -3),
-         "belly": (10, 14)}  # where a large bird and a small one have the part
-OPENINGS = ["this bird has", "the bird has", "a bird that has", "this {} bird has",
-            "a {} bird with", "this is a {} bird with"]
-
-
-def place(points, size):
-    """Points of the bird on the canvas of 128 px, where birds of both sizes have the same beak."""
-    return np.array([92, 46]) + SIZES[size] * (np.array(points) - [44, -28])
+SPOTS = {"crown": (78, 37), "bill": (101, 46), "body": (78, 54), "wing": (47, 67), "belly": (63, 81)}
+FACTORS = dict.fromkeys(SPOTS, COLOURS) | {"shape": SHAPES, "size": SIZES}
+NOUNS = {"crown": "crown", "cap": "crown", "bill": "bill", "beak": "bill", "body": "body",
+         "throat": "body", "wing": "wing", "wingbar": "wing", "belly": "belly", "breast": "belly"}
+OPENINGS = ["this bird has", "a bird that has", "this {} bird has", "this is a {} bird with"]
+PHRASE = rf"a (?:({'|'.join(SHAPES)}) )?({'|'.join(COLOURS)}) ({'|'.join(NOUNS)})\b"
+GRAMMAR = f"(?:{'|'.join(OPENINGS)}) {PHRASE}(?: , {PHRASE})* and {PHRASE}"
+GRAMMAR = GRAMMAR.replace("{}", f"(?:{'|'.join(SIZES)})")
 
 
 def draw_bird(f, rng, size):
     """Picture (size, size, 3) of a bird with factors f; background, tone and place are rng's."""
-    canvas = Image.new("RGB", (128, 128), tuple(rng.integers(60, 226, 3).tolist()))
-    pen, shift, legs = ImageDraw.Draw(canvas), rng.integers(-2, 3, 2), (90, 70, 60)
-    tone = {k: tuple(int(c * rng.uniform(0.9, 1.03)) for c in COLOURS[f[k]]) for k in NOUNS}
+    canvas = Image.new("RGB", (128, 128), tuple(rng.integers(200, 241, 3).tolist()))
+    pen, shift = ImageDraw.Draw(canvas), rng.integers(-2, 3, 2)
+    tone = {k: tuple(int(c * rng.uniform(0.9, 1.03)) for c in COLOURS[f[k]]) for k in SPOTS}
     for shape, points, colour, options in [
-        ("line", [(-2, 30), (-2, 52)], legs, dict(width=3)),
-        ("line", [(10, 30), (10, 52)], legs, dict(width=3)),
+        *(("line", [(x, 30), (x, 52)], (90, 70, 60), dict(width=3)) for x in (-2, 10)),  # legs
         ("polygon", [(-64, -12), (-30, -8), (-30, 16), (-60, 2)], tone["body"], {}),  # tail
         ("ellipse", [(-40, -18), (28, 34)], tone["body"], {}),
         ("ellipse", [(-22, 6), (26, 36)], tone["belly"], {}),
@@ -97,45 +91,33 @@ def draw_bird(f, rng, size):
         ("ellipse", [(8, -52), (50, -10)], tone["body"], {}),  # head
         ("chord", [(8, -52), (50, -10)], tone["crown"], dict(start=185, end=355)),
         ("ellipse", [(-34, -12), (8, 12)], tone["wing"], {}),
-        ("ellipse", [(34, -34), (42, -26)], "white", {}),
-        ("ellipse", [(36, -32), (41, -27)], "black", {}),
-    ]:
-        box = [tuple(point) for point in place(points, f["size"]) + shift]
-        getattr(pen, shape)(box, fill=colour, **options)
+        ("ellipse", [(35, -33), (41, -27)], "black", {}),  # eye
+    ]:  # birds of both sizes have the bill in the same place
+        points = SIZES[f["size"]] * (np.array(points) - [44, -28]) + [92, 46] + shift
+        getattr(pen, shape)([tuple(point) for point in points], fill=colour, **options)
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
 
 
 def write_caption(f, rng):
-    """A caption that names two to four parts of a bird with factors f."""
-    phrases = []
-    for k in sorted(rng.permutation(len(NOUNS))[: rng.integers(2, 5)]):
-        part = list(NOUNS)[k]
-        words = [f["shape"]] * (part == "bill") + [f[part], str(rng.choice(NOUNS[part]))]
-        phrases.append("a " * (part != "wing") + " ".join(words))
+    """A caption that names three or four of the five parts of a bird with factors f."""
+    parts = [list(SPOTS)[k] for k in sorted(rng.permutation(len(SPOTS))[: rng.integers(3, 5)])]
+    noun = {k: rng.choice([word for word, part in NOUNS.items() if part == k]) for k in parts}
+    phrases = [f"a {f['shape'] + ' ' if k == 'bill' else ''}{f[k]} {noun[k]}" for k in parts]
     opening = str(rng.choice(OPENINGS)).format(f["size"])
     return f"{opening} {' , '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-COLOUR, SHAPE, SIZE = (f"(?:{'|'.join(words)})" for words in (COLOURS, SHAPES, SIZES))
-NOUN = {part: f"(?:{'|'.join(words)})" for part, words in NOUNS.items()}
-SAYS = {part: f"({COLOUR}) {noun}" for part, noun in NOUN.items()}
-SAYS |= {"shape": f"({SHAPE}) {COLOUR}", "size": f"({SIZE})"}
-PLAIN = "|".join(NOUN[part] for part in ("body", "belly", "crown"))
-PHRASE = f"(?:a {COLOUR} (?:{PLAIN})|{COLOUR} {NOUN['wing']}|a {SHAPE} {COLOUR} {NOUN['bill']})"
-GRAMMAR = f"(?:{'|'.join(OPENINGS)}) {PHRASE}(?: , {PHRASE})* and {PHRASE}".replace("{}", SIZE)
-
-
 def parse(caption):
     """What a caption says: {part: colour}, with the bill's shape and the size where it tells."""
-    found = {factor: re.search(pattern, caption) for factor, pattern in SAYS.items()}
-    return {factor: match[1] for factor, match in found.items() if match}
+    said = {NOUNS[noun]: colour for _, colour, noun in re.findall(PHRASE, caption)}
+    return said | {k: w for k in ("shape", "size") for w in caption.split() if w in FACTORS[k]}
 
 
 def read_colours(pictures):
     """[{part: colour}] of pictures (N, 3, H, W) in [−1, 1]: the nearest at each part's spot."""
     palette = torch.tensor(list(COLOURS.values())) / 127.5 - 1  # (8, 3)
-    pixels = (place(list(SPOTS.values()), "large") * pictures.shape[-1] / 128).astype(int)
-    seen = torch.stack([pictures[:, :, y, x].cpu() for x, y in pixels], dim=1)  # (N, parts, 3)
+    x, y = torch.tensor(list(SPOTS.values())).T * pictures.shape[-1] // 128  # (parts,) each
+    seen = pictures[:, :, y, x].mT.cpu()  # (N, parts, 3)
     nearest = torch.cdist(seen, palette).argmin(-1).tolist()
     return [dict(zip(SPOTS, (list(COLOURS)[k] for k in row))) for row in nearest]
 
@@ -157,31 +139,27 @@ def draw_birds(size):
 
 def read_birds(folder, size):
     """As draw_birds, but without factors; the pictures are decoded once, then cached there."""
-    root, cache = folder / "CUB_200_2011", folder / f"diffmvae-{size}.pt"
+    root, images = folder / "CUB_200_2011", folder / "CUB_200_2011" / "images"
     texts = folder / ("text" if (folder / "text").exists() else "text_c10")
-    for path in (root / "images.txt", root / "train_test_split.txt", root / "images", texts):
+    for path in (root / "images.txt", root / "train_test_split.txt", images, texts):
         if not path.exists():
             raise InputError(f"{path} is missing: --data needs CUB_200_2011 and text as released")
-    table = lambda name: dict(line.split() for line in (root / name).read_text().splitlines())
-    names, training = table("images.txt"), table("train_test_split.txt")
+    names = read_table(root / "images.txt", lambda k, name: (k, name))
+    flag = {"1": "train", "0": "test"}
+    split_of = read_table(root / "train_test_split.txt", lambda k, i: (k, flag[i]), keys=names)
     captions = []
     for path in ((texts / name).with_suffix(".txt") for name in names.values()):
         text = path.read_text("utf-8", "replace") if path.exists() else ""
         if not (lines := [line.strip() for line in text.splitlines() if line.strip()]):
             raise InputError(f"{path} is missing or holds no caption: unpack the captions again")
         captions.append((lines * 10)[:10])  # where there are fewer than ten they are repeated
-    saved = torch.load(cache, weights_only=True) if cache.exists() else {}
-    if saved.get("names") != names:
-        read = lambda name: open_picture(root / "images" / name, "RGB").resize((size, size))
-        with ThreadPoolExecutor() as pool:
-            decoded = list(tqdm(pool.map(read, names.values()), "decoding birds", len(names)))
-        pictures = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
-        saved = {"names": names, "pictures": pictures}
-        save_checkpoint(cache, saved)
-    data = {}
-    for split, flag in (("train", "1"), ("test", "0")):
-        rows = [row for row, k in enumerate(names) if training[k] == flag]
-        data[split] = saved["pictures"][rows], [captions[row] for row in rows], None
+    read = lambda name: np.asarray(open_picture(images / name, "RGB").resize((size, size)))
+    pictures, data = decoded(folder / f"diffmvae-{size}.pt", read, list(names.values())), {}
+    for split in flag.values():
+        rows = [row for row, k in enumerate(names) if split_of[k] == split]
+        if not rows:
+            raise InputError(f"{root / 'images.txt'} lists no picture to {split}: take it as released")
+        data[split] = pictures[rows].permute(0, 3, 1, 2), [captions[row] for row in rows], None
     return data
 
 
@@ -193,7 +171,7 @@ class TextEncoder(nn.Module):
     def __init__(self, bert, latent_dim):
         super().__init__()
         self.bert = bert
-        self.linear = nn.Linear(bert.config.hidden_size, 2 * latent_dim, bias=False)
+        self.linear = spread(nn.Linear(bert.config.hidden_size, 2 * latent_dim, bias=False))
 
     def forward(self, tokens):
         tokens = tokens[:, 0]
@@ -220,9 +198,8 @@ class TextDecoder(nn.Module):
 
     def forward(self, tokens, z, cache):
         """The last hidden states of tokens (B, T), (B, T, n_embd); cache holds what comes before."""
-        inputs = self.gpt2.transformer.wte(tokens) + self.embedding(z)[:, None]  # (B, T, n_embd)
-        output = self.gpt2.transformer(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
-        return output.last_hidden_state
+        x = self.gpt2.transformer.wte(tokens) + self.embedding(z)[:, None]  # (B, T, n_embd)
+        return self.gpt2.transformer(inputs_embeds=x, past_key_values=cache, use_cache=True)[0]
 
     def logits(self, tokens, z, cache=None):
         """Of what follows each of tokens, (B, T) -> (B, T, V) in float32."""
@@ -238,42 +215,37 @@ class TextDecoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, z, top_p=0.0, temperature=1.0):
-        """Captions in GPT-2's tokens, (B, longest − 1): greedy, or drawn from the likeliest tokens
-        that hold a mass of top_p (Holtzman et al. 2020)."""
-        c, cache = self.gpt2.config, self.remember(z)
+        """Captions, (B, longest − 1) tokens: greedy, or nucleus sampling (Holtzman et al. 2020)."""
+        c, cache, likeliest = self.gpt2.config, self.remember(z), hf.TopPLogitsWarper(top_p)
         token = torch.full((len(z), 1), c.bos_token_id, device=z.device)
         tokens, ended = [], torch.zeros_like(token, dtype=torch.bool)
         while len(tokens) < self.longest - 1 and not ended.all():
-            p = (self.logits(token, z, cache)[:, -1] / temperature).softmax(-1)
-            p, order = p.sort(descending=True)  # (B, V)
-            p = p * (p.cumsum(-1) - p <= top_p)  # the likeliest always stays
-            token = order.gather(1, p.multinomial(1)).masked_fill(ended, c.pad_token_id)
+            logits = self.logits(token, z, cache)[:, -1] / temperature  # (B, V)
+            token = likeliest(None, logits).softmax(-1).multinomial(1)
+            tokens.append(token := token.masked_fill(ended, c.pad_token_id))
             ended |= token == c.eos_token_id
-            tokens.append(token)
         rest = self.longest - 1 - len(tokens)
         return F.pad(torch.cat(tokens, dim=1), (0, rest), value=c.pad_token_id)
 
 
 def pretrained(kind, name):
     """kind.from_pretrained of a local folder or a name in the hub, or an InputError at once."""
-    for local in (True, False):
-        try:
-            if not local:
-                model_info(name, timeout=10)  # fails at once, where from_pretrained tries for long
-            if kind is hf.AutoTokenizer:
-                found = kind.from_pretrained(name, local_files_only=local)
-                missing = len(found) <= len(found.all_special_ids)
-            else:
-                options = dict(local_files_only=local, output_loading_info=True)
-                found, info = kind.from_pretrained(name, **options)
-                missing = set(info["missing_keys"]) - {"lm_head.weight"}  # which is tied
-            if not missing:
-                return found
+    try:
+        files = ["*.json", "*.txt", "*.safetensors"]
+        folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=files)
+        if kind is hf.AutoTokenizer:
+            found = kind.from_pretrained(folder)
+            missing = len(found) <= len(found.all_special_ids)
+        else:
+            found, info = kind.from_pretrained(folder, output_loading_info=True)
+            missing = set(info["missing_keys"]) - {"lm_head.weight"}  # which is tied
+        if missing:
             raise ValueError("its words or weights are missing")
-        except Exception as problem:  # the hub's errors have no class in common
-            if not local or Path(name).exists():
-                raise InputError(f"{name} cannot be had as {kind.__name__} ({problem}): give a local "
-                                 "folder with its files, or connect to the hub") from problem
+        return found
+    except Exception as problem:  # the hub's errors have no class in common
+        why = " ".join(str(problem).split()[:40])
+        raise InputError(f"{name} cannot be had as {kind.__name__} ({why}): give a local folder with "
+                         "its files, or connect to the hub") from problem
 
 
 def load_optimus(path, encoder, decoder):
@@ -294,38 +266,41 @@ def load_optimus(path, encoder, decoder):
 
 
 def text_tokenizers(s, captions):
-    """(BERT's tokenizer, GPT-2's) for settings s; small: words that captions have twice."""
+    """BERT's tokenizer and GPT-2's for settings s; small: the words that captions have twice."""
     special = dict(pad_token="<PAD>", bos_token="<BOS>", eos_token="<EOS>")
     if s.text == "small":
         words = Tokenizer(models.WordLevel(unk_token="<UNK>"))
         words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
         reserved = [*special.values(), "<UNK>"]
         trainer = trainers.WordLevelTrainer(min_frequency=2, special_tokens=reserved)
-        words.train_from_iterator((caption for ten in captions for caption in ten), trainer)
-        options = dict(tokenizer_object=words, unk_token="<UNK>")
-        return [hf.PreTrainedTokenizerFast(**options, **special)] * 2
+        words.train_from_iterator((c for ten in captions for c in ten), trainer)
+        return [hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<UNK>", **special)] * 2
     tokenizers = [pretrained(hf.AutoTokenizer, name) for name in (s.bert, s.gpt2)]
     tokenizers[1].add_special_tokens(special)
     return tokenizers
 
 
-def tokenise(tokenizer, captions, length):
-    """Captions, N lists of k, as tokens (N, k, length), padded on the right."""
-    begin, end = tokenizer.bos_token or "", tokenizer.eos_token or ""  # BERT's adds its own
-    flat = [f"{begin}{caption}{end}" for several in captions for caption in several]
+def tokenise(tokenizers, captions, length):
+    """N captions as BERT's tokens and GPT-2's, (N, 2, length), padded on the right."""
     options = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return tokenizer(flat, **options)["input_ids"].view(len(captions), -1, length)
+    ends = [(words.bos_token or "", words.eos_token or "") for words in tokenizers]  # or adds its own
+    both = [words([begin + caption + end for caption in captions], **options)["input_ids"]
+            for words, (begin, end) in zip(tokenizers, ends)]
+    return torch.stack(both, dim=1)
+
+
+def spell(tokenizers, tokens):
+    """GPT-2's tokens, (N, T), as N captions."""
+    return tokenizers[1].batch_decode(tokens, skip_special_tokens=True)
 
 
 # ---- The two modalities --------------------------------------------------------------------------
 
 def batch(data, i=slice(None)):
-    """Examples i as the networks see them; where there are ten captions, one of them is drawn."""
-    image, caption = data["image"][i] / 127.5 - 1, data["caption"][i].long()
-    if caption.ndim == 4:  # (B, 10, 2, T)
-        rows = torch.arange(len(caption), device=caption.device)
-        caption = caption[rows, torch.randint(caption.shape[1], rows.shape, device=rows.device)]
-    return {"image": image, "caption": caption}  # caption (B, 2, T): BERT's tokens, then GPT-2's
+    """Examples i as the networks see them, with one of their captions drawn."""
+    image, captions = data["image"][i] / 127.5 - 1, data["caption"][i].long()  # (B, 10, 2, T)
+    drawn = torch.randint(captions.shape[1], (len(captions), 1, 1, 1), device=captions.device)
+    return {"image": image, "caption": captions.take_along_dim(drawn, 1)[:, 0]}  # (B, 2, T)
 
 
 def text_networks(s, tokenizers):
@@ -333,12 +308,15 @@ def text_networks(s, tokenizers):
     words = tokenizers[1]
     special = {f"{k}_token_id": getattr(words, f"{k}_token_id") for k in ("pad", "bos", "eos")}
     if s.text == "small":
-        size = dict(vocab_size=len(words), hidden_size=128, num_hidden_layers=2, **special)
-        size |= dict(num_attention_heads=4, initializer_range=128**-0.5)
-        still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        bert = hf.BertModel(hf.BertConfig(
-            **size, intermediate_size=512, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-        gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(**size, **still))
+        size = dict(vocab_size=len(words), hidden_size=128, intermediate_size=512,
+                    num_hidden_layers=2, num_attention_heads=4, initializer_range=128**-0.5)
+        size |= dict.fromkeys(["hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop",
+                               "embd_pdrop", "attn_pdrop"], 0.0)
+        bert = hf.BertModel(hf.BertConfig(**size, **special))
+        gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(**size, **special))
+        for positions in (bert.embeddings.position_embeddings, gpt2.transformer.wpe):
+            waves = torch.arange(len(positions.weight))[:, None] / 100 ** torch.linspace(0, 1, 64)
+            positions.weight.data = 0.3 * torch.cat([waves.sin(), waves.cos()], dim=1)  # (n, 128)
     else:
         bert, gpt2 = pretrained(hf.BertModel, s.bert), pretrained(hf.GPT2LMHeadModel, s.gpt2)
         gpt2.resize_token_embeddings(len(words))
@@ -355,84 +333,58 @@ def build(s, tokenizers):
     if s.latent_dim % 2:
         raise InputError(f"--latent-dim {s.latent_dim}: give an even number")
     pairs = zip(image_networks(s), text_networks(s, tokenizers))
-    networks = [{"image": image, "caption": caption} for image, caption in pairs]
+    networks = ({"image": image, "caption": caption} for image, caption in pairs)
     model = DiffMVAE(*networks, s.family, s.beta, {"caption": s.weight})
-    return model, LatentPrior(UNet(1, 1, s.channels, (1, 2)), (1, s.latent_dim))
+    return model, LatentPrior(UNet(1, 1, s.latent_dim, s.channels, (1, 2)), (1, s.latent_dim))
 
 
 def load(out, device="cpu"):
-    """(model, prior, GPT-2's tokenizer) that a finished run left in the folder out."""
-    tokenizers = [pretrained(hf.AutoTokenizer, str(Path(out) / name)) for name in TOKENIZERS]
+    """(model, prior, tokenizers) that a finished run left in the folder out."""
+    tokenizers = [pretrained(hf.AutoTokenizer, f"{out}/tokenizer-{k}") for k in ("in", "out")]
     settings = lambda **saved: Settings(**saved | {"optimus": ""})  # the weights are in the run
     parts = train_celeba.load(out, device, settings, partial(build, tokenizers=tokenizers))
-    return *parts, tokenizers[1]
+    return *parts, tokenizers
 
 
 # ---- Measuring (Tables 1 and 2), drawing (Figures 3 and 4), and the run --------------------------
 
-def spell(words, tokens):
-    """GPT-2's tokens (N, T) as N captions."""
-    return words.batch_decode(tokens, skip_special_tokens=True)
-
-
-def others(n):
-    """For each of n examples the place of another one; in CUB a neighbour would be of its kind."""
-    return torch.arange(n).roll(n // 2)
-
-
 def caption_nats(model, x):
-    """{given: log p(caption|z) in nats, averaged over examples x, z ~ q(z|given)}."""
-    def log_prob(x, given):
-        return [model.decoders["caption"].log_prob(x["caption"], infer(model, x, given))]
-
-    other = x | {"image": x["image"][others(len(x["image"]))]}
-    sources = {"both": (x, ("image", "caption")), "the caption": (x, ("caption",)),
-               "the image": (x, ("image",)), "another bird's image": (other, ("image",))}
-    return {label: {"nats": in_batches(lambda x: log_prob(x, given), x, label, 32)[0].mean().item()}
-            for label, (x, given) in sources.items()}
+    """{z given: log p(caption|z) in nats, averaged over the examples x}."""
+    given = {"both": ["image", "caption"], "the caption": ["caption"], "the image": ["image"]}
+    z = {label: infer(model, x, names) for label, names in given.items()}
+    z["another bird's image"] = z["the image"].roll(len(x["image"]) // 2, 0)
+    log_prob = lambda rows: [model.decoders["caption"].log_prob(rows["x"], rows["z"])]
+    nats = lambda z: in_batches(log_prob, {"x": x["caption"], "z": z}, "nats", 32)[0].mean().item()
+    return {label: {"nats": nats(rows)} for label, rows in z.items()}
 
 
-def generate(model, words, x, n, prior=None):
-    """{label: (pictures, captions)}: x, its captions from its images, n images from captions and,
-    with the prior, n of both from nothing."""
-    def sample(name, z):
-        decode = model.decoders[name].sample
-        found = in_batches(lambda b: [decode(b["z"])], {"z": z}, f"decoding {name}s")[0]
-        return spell(words, found) if name == "caption" else found
-
-    given = lambda name: in_batches(lambda x: [infer(model, x, [name])], x, "encoding")[0]
-    image, said = x["image"], spell(words, x["caption"][:, 1])
-    pairs = {"real": (image, said),
-             "caption from image": (image, sample("caption", given("image"))),
-             "image from caption": (sample("image", given("caption")[:n]), said[:n])}
-    if prior:
-        count = {"z": torch.empty(n)}
-        z = in_batches(lambda b: [prior.sample(len(b["z"]))], count, "sampling the prior")[0]
-        for label, z in (("latent prior", z), ("N(0, I)", torch.randn_like(z))):
-            pairs[f"unconditional, {label}"] = sample("image", z), sample("caption", z)
-    return pairs
+def generate(model, tokenizers, x, n, prior=None):
+    """{label: (pictures, captions)}: x, each from the other and, with the prior, n from nothing."""
+    picture = lambda z: sample(model.decoders["image"], z)
+    caption = lambda z: spell(tokenizers, sample(model.decoders["caption"], z))
+    pictures, captions = x["image"], spell(tokenizers, x["caption"][:, 1])
+    pairs = {"real": (pictures, captions),
+             "caption from image": (pictures, caption(infer(model, x, ["image"]))),
+             "image from caption": (picture(infer(model, x, ["caption"])[:n]), captions[:n])}
+    nothing = unconditional(prior, n) if prior else {}
+    return pairs | {label: (picture(z), caption(z)) for label, z in nothing.items()}
 
 
 def coherence(pairs, factors):
-    """{label: {measure: share}}: colours that captions name, read from the pictures; all that they
-    say, compared with the factors of real pictures; captions that follow the grammar."""
-    known = {"real": factors, "caption from image": factors,
-             "real, shuffled": [factors[i] for i in others(len(factors))]}
-    table = {}
+    """{label: {measure: value}}: the share of the colours named that the picture shows, and of all
+    that is said what is true of the real bird; claims a caption; captions within the grammar."""
+    known, table = {"real": factors, "caption from image": factors}, {}
+    known["real, shuffled"] = np.roll(factors, len(factors) // 2)
+    agree = lambda said, true: np.mean(
+        [a[k] == b[k] for a, b in zip(said, true) for k in a.keys() & b.keys()] or [0])
     for label, (pictures, captions) in pairs.items():
         said = [parse(caption) for caption in captions]
-        table[label] = {"colours": agreement(said, read_colours(pictures))}
+        row = table[label] = {"colours": agree(said, read_colours(pictures))}
         if label in known:
-            table[label]["all factors"] = agreement(said, known[label])
-        grammatical = [re.fullmatch(GRAMMAR, caption) is not None for caption in captions]
-        table[label]["grammatical"] = np.mean(grammatical).item()
+            row["all factors"] = agree(said, known[label])
+        row["claims"] = np.mean([len(factors) for factors in said])
+        row["grammatical"] = np.mean([bool(re.fullmatch(GRAMMAR, text)) for text in captions])
     return table
-
-
-def agreement(said, shown):
-    """Of all that is said and can be seen, two lists of {factor: value}, the share that agrees."""
-    agree = [a[k] == b[k] for a, b in zip(said, shown) for k in a.keys() & b.keys()]
-    return sum(agree) / max(1, len(agree))
 
 
 def table2(name, pairs, device):
@@ -440,30 +392,28 @@ def table2(name, pairs, device):
     to real pictures among CLIP's features of pictures."""
     clip, words = pretrained(hf.CLIPModel, name).to(device), pretrained(hf.AutoTokenizer, name)
     side = clip.config.vision_config.image_size
-    constants = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=device)
-    mean, std = constants[..., None, None]  # (3, 1, 1) each
+    mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=device)[..., None, None]
 
     def features(x):
         pixels = F.interpolate(x.pop("image"), (side, side), mode="bicubic", antialias=True)
         image = clip.get_image_features(((pixels + 1) / 2 - mean) / std).pooler_output
         return image, clip.get_text_features(**x).pooler_output
 
-    found = {}
+    table = {}
     for label, (pictures, captions) in pairs.items():
         tokens = words(captions, padding=True, truncation=True, return_tensors="pt").to(device)
-        found[label] = in_batches(features, {"image": pictures, **tokens}, "CLIP")
-    real = found["real"][0]
-    return {label: {"CLIP score": 100 * F.cosine_similarity(image, text).mean().item(),
-                    "Fréchet, CLIP": frechet_distance(image, real)}
-            for label, (image, text) in found.items()}
+        image, text = in_batches(features, {"image": pictures, **tokens}, "CLIP")
+        real = image if label == "real" else real  # which comes first
+        table[label] = {"CLIP score": 100 * F.cosine_similarity(image, text).mean().item(),
+                        "Fréchet, CLIP": frechet_distance(image, real)}
+    return table
 
 
-@torch.no_grad()
-def draw(path, model, x, prior=None, words=None):
+def draw(path, model, x, prior=None, tokenizers=None):
     """Figures 3 and 4: generate's rows; at the end, with the prior, four pictures a caption."""
-    pairs = generate(model, words, x, len(x["image"]), prior)
+    pairs = generate(model, tokenizers, x, len(x["image"]), prior)
     for again in range(2, 5 if prior else 2):
-        pictures = model.decoders["image"].sample(infer(model, x, ["caption"]))
+        pictures = sample(model.decoders["image"], infer(model, x, ["caption"]))
         pairs[f"image from caption ({again})"] = pictures, pairs["real"][1]
     rows, captions = ({label: pair[k] for label, pair in pairs.items()} for k in (0, 1))
     save_grid(path, rows, captions, side=128)
@@ -474,28 +424,25 @@ def run(s):
     birds = read_birds(Path(s.data), s.size) if s.data else draw_birds(s.size)
     tokenizers, data = text_tokenizers(s, birds["train"][1]), {}
     for split, (pictures, captions, _) in birds.items():
-        tokens = [tokenise(tokenizer, captions, s.tokens) for tokenizer in tokenizers]
-        data[split] = {"image": pictures.to(s.device), "caption": torch.stack(tokens, 2).to(s.device)}
-    pair, words = build(s, tokenizers), tokenizers[1]
-    model, prior, seconds = train(s, data["train"], pair, batch, partial(draw, words=words))
-    for name, tokenizer in zip(TOKENIZERS, tokenizers):
-        tokenizer.save_pretrained(Path(s.out) / name)
+        tokens = tokenise(tokenizers, [c for ten in captions for c in ten], s.tokens)
+        tokens = tokens.unflatten(0, (-1, 10))
+        data[split] = {"image": pictures.to(s.device), "caption": tokens.to(s.device)}
+    pair, sheet = build(s, tokenizers), partial(draw, tokenizers=tokenizers)
+    model, prior, seconds = train(s, data["train"], pair, batch, sheet)
+    for k, words in zip(("in", "out"), tokenizers):
+        words.save_pretrained(f"{s.out}/tokenizer-{k}")
     torch.manual_seed(s.seed)
-    test = batch(data["test"] | {"caption": data["test"]["caption"][:, 0]})
-    pairs, factors = generate(model, words, test, s.measured, prior), birds["test"][2]
-    pictures, captions = pairs["real"]
-    pairs["real, shuffled"] = pictures[others(len(pictures))], captions
-    results = {"log p(caption|z), z given": caption_nats(model, test)}
-    if factors:
+    test = batch(data["test"] | {"caption": data["test"]["caption"][:, :1]})
+    pairs = generate(model, tokenizers, test, s.measured, prior)
+    pictures, captions = pairs["real"]  # half-way round is another kind of bird
+    pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions
+    results = {"log p of the caption, z given": caption_nats(model, test)}
+    if factors := birds["test"][2]:
         results["coherence"] = coherence(pairs, factors)
     if s.clip:
         results["CLIP"] = table2(s.clip, pairs, s.device)
-    for title, table in results.items():
-        print(f"\n{title}")
-        for label, row in table.items():
-            print(f"{label:<28}", "  ".join(f"{name} {value:.3f}" for name, value in row.items()))
-    few = {name: value[:8] for name, value in test.items()}
-    draw(Path(s.out) / "samples.png", model, few, prior, words)
+    show(results)
+    sheet(Path(s.out) / "samples.png", model, {name: x[:8] for name, x in test.items()}, prior)
     save_results(s, results | {"seconds": seconds})
 
 
