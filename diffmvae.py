@@ -602,6 +602,7 @@ class LatentPrior(Diffusion):
 # ---- 8  Training ---------------------------------------------------------------------------------
 
 STAGES = ("model", "prior")
+INTERVAL = 500  # steps between two checkpoints, or a hundredth of a long training
 WARMUP, COOLDOWN = 100, 500  # first and last steps, in which the learning rate rises and falls
 CLIP = 1.0  # largest norm of the gradient
 
@@ -638,11 +639,6 @@ class Options:
             value, least = getattr(self, f.name), 0 if not f.metadata["drawn"] else 1e-9
             if any(v < least for v in np.ravel(value) if isinstance(v, (int, float, np.number))):
                 raise InputError(f"--{f.name.replace('_', '-')} {value}: give a positive number")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as problem:
-            why = str(problem).splitlines()[0]
-            raise InputError(f"--device {self.device} cannot be used ({why}): give cpu") from problem
 
     @classmethod
     def parse(cls, description):
@@ -692,13 +688,15 @@ def restore(path, settings, parts, device):
 
 
 def prepare(options):
-    """Refuse at once what would fail late: a folder not to be written to, other checkpoints."""
-    out = Path(options.out)
+    """Refuse at once what would fail later: no such device, a locked folder, other checkpoints."""
+    out, flags = Path(options.out), f"--device {options.device} or --out {options.out}"
     try:
+        torch.empty(0, device=options.device)
         out.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=out).close()
-    except OSError as problem:
-        raise InputError(f"--out {out} cannot be written to ({problem}): take another") from problem
+    except (OSError, RuntimeError, AssertionError) as problem:
+        why = str(problem).splitlines()[0]
+        raise InputError(f"{flags} cannot be used ({why}): give another") from problem
     for path, stage in ((out / f"{stage}.pt", stage) for stage in STAGES):
         if path.exists():
             restore(path, options.shared(stage), {}, options.device)
@@ -729,7 +727,7 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
     """
     path, settings = Path(options.out) / f"{stage}.pt", options.shared(stage)
     steps = options.steps if stage == "model" else options.prior_steps
-    interval, size = max(500, steps // 100), options.batch_size
+    interval, size = max(INTERVAL, steps // 100), options.batch_size
     path.parent.mkdir(parents=True, exist_ok=True)
     averaged = copy.deepcopy(model.train()).eval().requires_grad_(False)
     groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
@@ -804,9 +802,10 @@ def save_grid(path, rows, captions=None, side=64):
     margin, captions = 12 + max(int(font.getlength(label)) for label in rows), captions or {}
     scale = max(1, side // next(iter(rows.values())).shape[-1])
     for label, pictures in rows.items():
-        pixels = (pictures.float().cpu() * 127.5 + 127.5).round().clamp(0, 255).expand(-1, 3, -1, -1)
-        pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        pixels = F.pad(pixels, (0, 2, 0, 72 if label in captions else 2), value=255)
+        pixels = (pictures.float().cpu() * 127.5 + 127.5).round().clamp(0, 255)
+        pixels = pixels.expand(-1, 3, -1, -1).repeat_interleave(scale, 2)
+        below = 72 if label in captions else 2
+        pixels = F.pad(pixels.repeat_interleave(scale, 3), (0, 2, 0, below), value=255)
         strips[label] = pixels.permute(2, 0, 3, 1).flatten(1, 2).byte().numpy()  # (H, n W, 3)
     size = margin + max(s.shape[1] for s in strips.values()), sum(map(len, strips.values()))
     sheet, top = Image.new("RGB", size, "white"), 0

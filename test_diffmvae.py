@@ -915,10 +915,11 @@ def test_a_broken_loss_stops_and_keeps_the_checkpoint(tmp_path):
 
 
 KILLED = """
-import train_celeba as celeba
+import diffmvae, train_celeba as celeba
+diffmvae.INTERVAL = 30
 celeba.FACES = {"train": 40, "test": 8}
 options = dict(size=16, latent_dim=16, channels=8, encoder_channels=8, batch_size=2, device="cpu")
-s = celeba.Settings(out=%r, steps=1500, prior_steps=1, **options)
+s = celeba.Settings(out=%r, steps=100, prior_steps=1, **options)
 celeba.train(s, celeba.draw_faces(16)["train"], celeba.build(s), celeba.batch, lambda *_: None)
 """
 
@@ -929,7 +930,7 @@ def test_killed_twice_at_random_and_run_again(tmp_path):
         [sys.executable, "-c", KILLED % str(out)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     whole, killed = start(tmp_path / "whole"), tmp_path / "killed" / "model.pt"
-    for saved in (500, 1000):
+    for saved in (30, 60):
         process = start(tmp_path / "killed")
         while not killed.exists() or torch.load(killed, weights_only=True)["step"] < saved:
             assert process.poll() is None
@@ -939,7 +940,7 @@ def test_killed_twice_at_random_and_run_again(tmp_path):
         assert process.wait() == -signal.SIGKILL
     assert start(tmp_path / "killed").wait() == 0 and whole.wait() == 0
     one, other = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("whole", "killed"))
-    assert one["step"] == other["step"] == 1500
+    assert one["step"] == other["step"] == 100
     for part in ("model", "averaged"):
         assert all(torch.equal(one[part][k], other[part][k]) for k in one[part])
     moments = [state["optimizer"]["state"] for state in (one, other)]
@@ -949,8 +950,10 @@ def test_killed_twice_at_random_and_run_again(tmp_path):
 def test_what_would_fail_late_is_refused_at_once(tmp_path):
     file = tmp_path / "file"
     file.write_text("not a folder")
-    with pytest.raises(dm.InputError, match="--out .*file cannot be written to .*: take another"):
+    with pytest.raises(dm.InputError, match="or --out .*file cannot be used .*: give another"):
         dm.prepare(dm.Options(out=str(file), device="cpu"))
+    with pytest.raises(dm.InputError, match="--device tpu or --out .* cannot be used"):
+        dm.prepare(dm.Options(out=str(tmp_path), device="tpu"))
     toy(tmp_path / "run", steps=2)
     with pytest.raises(dm.InputError, match="steps was 2 and is 3"):
         dm.prepare(dm.Options(out=str(tmp_path / "run"), steps=3, batch_size=4, device="cpu"))
@@ -971,13 +974,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize("wrong, message", [
     ({"steps": 0}, "--steps 0: give a positive number"), ({"prior_steps": -1}, "--prior-steps -1"),
     ({"batch_size": 0}, "--batch-size 0"), ({"ema": -0.1}, "--ema -0.1"), ({"seed": -1}, "--seed -1"),
-    ({"device": "cuda"}, "--device cuda cannot be used .*: give cpu"), ({"device": "tpu"}, "--device tpu cannot"),
     ({"multipliers": [1, 0]}, r"--multipliers \[1, 0\]"), ({"latent_dim": -4}, "--latent-dim -4"),
     ({"beta": -1.0}, "--beta -1.0"), ({"tokens": 0}, "--tokens 0"), ({"measured": 0}, "--measured 0"),
 ])  # fmt: skip
 def test_nonsense_is_refused(wrong, message):
-    if "cuda" in wrong.values() and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
     with pytest.raises(dm.InputError, match=message):
         cub.Settings(**{"device": "cpu"} | wrong)
 
@@ -1354,17 +1354,12 @@ def test_optimus_weights_are_found_by_their_names(tmp_path):
 
 
 def test_without_the_hub_there_is_one_sentence_at_once(tmp_path, monkeypatch):
-    def unreachable(name, timeout):
-        raise ConnectionError("no route")
+    def unreachable(name, allow_patterns):
+        raise ConnectionError("no\nroute")
 
-    class Hub:
-        @staticmethod
-        def from_pretrained(name, local_files_only, output_loading_info):
-            raise OSError("not cached")
-
-    monkeypatch.setattr(cub, "model_info", unreachable)
-    with pytest.raises(dm.InputError, match=r"gpt2 cannot be had as Hub \(no route\): give a local"):
-        cub.pretrained(Hub, "gpt2")
+    monkeypatch.setattr(cub, "snapshot_download", unreachable)
+    with pytest.raises(dm.InputError, match=r"gpt2 cannot be had as GPT2LMHeadModel \(no route\): give a local"):
+        cub.pretrained(hf.GPT2LMHeadModel, "gpt2")
     with pytest.raises(dm.InputError, match="cannot be had as GPT2LMHeadModel"):
         cub.pretrained(hf.GPT2LMHeadModel, str(tmp_path))
     hf.BertConfig().save_pretrained(tmp_path)  # a tokenizer comes of it, without words
@@ -1431,11 +1426,11 @@ def test_drawn_birds_show_what_their_captions_say(seed):
     assert re.fullmatch(cub.GRAMMAR, caption)
     assert not re.fullmatch(cub.GRAMMAR, caption.replace(" and", "", 1))
     (seen,) = cub.read_colours(torch.tensor(picture).permute(2, 0, 1)[None] / 127.5 - 1)
-    assert seen == {part: f[part] for part in cub.SPOTS}
+    assert seen == {part: f[part] for part in cub.SPOT}
 
 
 def test_every_factor_changes_the_picture():
-    f = dict.fromkeys(cub.SPOTS, "red") | {"shape": "short", "size": "small"}
+    f = dict.fromkeys(cub.SPOT, "red") | {"shape": "short", "size": "small"}
     draw = lambda f: cub.draw_bird(f, np.random.default_rng(0), 32)
     for k in f:
         other = {"shape": "long", "size": "large"}.get(k, "blue")

@@ -145,7 +145,7 @@ def draw_face(a, rng, size):
             box = (left + dx, y0 + dy, right + dx, y1 + dy)
             for pen, colour in zip(pens, (fill, 255 * in_mask)):
                 getattr(pen, shape)(box, fill=colour, **options)
-    return shrunk(*layers, size)
+    return shrunk(layers, size)
 
 
 def draw_faces(size):
@@ -160,9 +160,9 @@ def draw_faces(size):
     return data
 
 
-def shrunk(picture, mask, size):
+def shrunk(layers, size):
     """A PIL picture and its mask as uint8 (size, size, 3 + 1); the mask is 0 or 1."""
-    picture, mask = (np.asarray(x.resize((size, size), Image.Resampling.BOX)) for x in (picture, mask))
+    picture, mask = (np.asarray(x.resize((size, size), Image.Resampling.BOX)) for x in layers)
     return np.dstack([picture, mask > 127])
 
 
@@ -175,15 +175,13 @@ def modalities(layers, attributes):
 # ---- CelebAMask-HQ as released -------------------------------------------------------------------
 
 def read_table(path, pair, header=0, keys=()):
-    """{key: value}, (key, value) = pair(*words) for each line but the header and blank ones; it
-    must have these keys."""
+    """{key: value}, each pair(*words) of a line after the header; with all these keys, if given."""
     table = {}
     for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
         try:
             table |= [pair(*line.split())] if number > header and line.strip() else []
         except (TypeError, ValueError, KeyError):  # words too many, too few, or others
-            start = line[:40]
-            raise InputError(f"{path}, line {number} ({start}) is not as released: unpack it again")
+            raise InputError(f"{path}, line {number} ({line[:40]}) is not as released: get it anew")
     if missing := set(keys) - table.keys():
         raise InputError(f"{path} lacks picture {min(missing)}: unpack it again")
     return table
@@ -191,7 +189,7 @@ def read_table(path, pair, header=0, keys=()):
 
 def read_attributes(path):
     """CelebAMask-HQ-attribute-anno.txt -> {k: [18 bools]}; it says which pictures there are."""
-    names = path.read_text().splitlines()[1].split()
+    names = [*path.read_text("utf-8", "replace").splitlines(), "", ""][1].split()
     if missing := [name for name in ATTRIBUTES if name not in names]:
         raise InputError(f"{path} lacks {', '.join(missing)}: take the file as released")
 
@@ -218,7 +216,7 @@ def read_face(folder, k, size):
         raise InputError(f"{masks} has no mask of picture {k}: unpack it again")
     union = np.maximum.reduce([np.asarray(open_picture(path, "L")) for path in parts])
     picture = open_picture(folder / "CelebA-HQ-img" / f"{k}.jpg", "RGB")
-    return shrunk(picture, Image.fromarray(union), size)
+    return shrunk([picture, Image.fromarray(union)], size)
 
 
 def decoded(cache, read, names):
@@ -239,14 +237,14 @@ def read_faces(folder, size):
     for path in (anno, mapping, folder / "CelebAMask-HQ-mask-anno", folder / "CelebA-HQ-img"):
         if not path.exists():
             raise InputError(f"{path} is missing: --data is the folder CelebAMask-HQ as released")
-    listed = read_attributes(anno)
-    origin = read_table(mapping, lambda k, i, *_: (int(k), int(i)), 1, listed)  # index in CelebA
-    layers = decoded(folder / f"diffmvae-{size}.pt", lambda k: read_face(folder, k, size), list(listed))
-    data, attributes = {}, torch.tensor(list(listed.values()))
+    known = read_attributes(anno)
+    origin = read_table(mapping, lambda k, i, *_: (int(k), int(i)), 1, known)  # index in CelebA
+    layers = decoded(folder / f"diffmvae-{size}.pt", lambda k: read_face(folder, k, size), [*known])
+    data, attributes = {}, torch.tensor(list(known.values()))
     for split, indices in SPLITS.items():
-        chosen = torch.tensor([origin[k] in indices for k in listed])
+        chosen = torch.tensor([origin[k] in indices for k in known])
         if not chosen.any():
-            raise InputError(f"{anno} lists no picture of CelebA's {split} split: take the whole file")
+            raise InputError(f"{anno} lists no picture of CelebA's {split} split: get it anew")
         data[split] = modalities(layers[chosen], attributes[chosen])
     return data
 
@@ -264,9 +262,9 @@ def image_networks(s):
     D, size, least = s.latent_dim, s.size, max(8, s.patch << len(s.multipliers) - 1)
     if size % least or size & size - 1:
         raise InputError(f"--size {size}: give a power of 2 and a multiple of {least}")
-    for flag, number, factor in (("channels", s.channels, 8), ("encoder-channels", s.encoder_channels, 2)):
-        if number % factor:
-            raise InputError(f"--{flag} {number}: give a multiple of {factor}")
+    for flag, factor in (("channels", 8), ("encoder_channels", 2)):
+        if (number := getattr(s, flag)) % factor:
+            raise InputError(f"--{flag.replace('_', '-')} {number}: give a multiple of {factor}")
     if s.decoder == "feedforward":
         decoder = FeedForward(ConvDecoder(3, size, D, s.widths), CalibratedGaussian())
     else:
@@ -339,8 +337,7 @@ def sample(decoder, z):
 
 def unconditional(prior, n):
     """n rows of z from nothing (§3.4), without and with the latent prior: {label: (n, D)}."""
-    rows = {"z": prior.mean.expand(n, -1)}
-    z = in_batches(lambda rows: [prior.sample(len(rows["z"]))], rows, "sampling z")[0]
+    z = in_batches(lambda b: [prior.sample(len(b["z"]))], {"z": torch.empty(n)}, "sampling z")[0]
     return {"unconditional, latent prior": z, "unconditional, N(0, I)": torch.randn_like(z)}
 
 

@@ -67,8 +67,8 @@ COLOURS = {"black": (25, 25, 30), "white": (246, 246, 242), "grey": (140, 140, 1
            "blue": (48, 88, 205), "green": (58, 152, 70)}
 SHAPES = {"short": [(74, -27)], "long": [(94, -27)], "curved": [(76, -32), (82, 6)]}  # of the bill
 SIZES = {"small": 0.68, "large": 0.85}
-SPOTS = {"crown": (78, 37), "bill": (101, 46), "body": (78, 54), "wing": (47, 67), "belly": (63, 81)}
-FACTORS = dict.fromkeys(SPOTS, COLOURS) | {"shape": SHAPES, "size": SIZES}
+SPOT = {"crown": (78, 37), "bill": (101, 46), "body": (78, 54), "wing": (47, 67), "belly": (63, 81)}
+FACTORS = dict.fromkeys(SPOT, COLOURS) | {"shape": SHAPES, "size": SIZES}
 NOUNS = {"crown": "crown", "cap": "crown", "bill": "bill", "beak": "bill", "body": "body",
          "throat": "body", "wing": "wing", "wingbar": "wing", "belly": "belly", "breast": "belly"}
 OPENINGS = ["this bird has", "a bird that has", "this {} bird has", "this is a {} bird with"]
@@ -81,7 +81,7 @@ def draw_bird(f, rng, size):
     """Picture (size, size, 3) of a bird with factors f; background, tone and place are rng's."""
     canvas = Image.new("RGB", (128, 128), tuple(rng.integers(200, 241, 3).tolist()))
     pen, shift = ImageDraw.Draw(canvas), rng.integers(-2, 3, 2)
-    tone = {k: tuple(int(c * rng.uniform(0.9, 1.03)) for c in COLOURS[f[k]]) for k in SPOTS}
+    tone = {k: tuple(int(c * rng.uniform(0.9, 1.03)) for c in COLOURS[f[k]]) for k in SPOT}
     for shape, points, colour, options in [
         *(("line", [(x, 30), (x, 52)], (90, 70, 60), dict(width=3)) for x in (-2, 10)),  # legs
         ("polygon", [(-64, -12), (-30, -8), (-30, 16), (-60, 2)], tone["body"], {}),  # tail
@@ -100,7 +100,7 @@ def draw_bird(f, rng, size):
 
 def write_caption(f, rng):
     """A caption that names three or four of the five parts of a bird with factors f."""
-    parts = [list(SPOTS)[k] for k in sorted(rng.permutation(len(SPOTS))[: rng.integers(3, 5)])]
+    parts = [list(SPOT)[k] for k in sorted(rng.permutation(len(SPOT))[: rng.integers(3, 5)])]
     noun = {k: rng.choice([word for word, part in NOUNS.items() if part == k]) for k in parts}
     phrases = [f"a {f['shape'] + ' ' if k == 'bill' else ''}{f[k]} {noun[k]}" for k in parts]
     opening = str(rng.choice(OPENINGS)).format(f["size"])
@@ -116,10 +116,10 @@ def parse(caption):
 def read_colours(pictures):
     """[{part: colour}] of pictures (N, 3, H, W) in [−1, 1]: the nearest at each part's spot."""
     palette = torch.tensor(list(COLOURS.values())) / 127.5 - 1  # (8, 3)
-    x, y = torch.tensor(list(SPOTS.values())).T * pictures.shape[-1] // 128  # (parts,) each
+    x, y = torch.tensor(list(SPOT.values())).T * pictures.shape[-1] // 128  # (parts,) each
     seen = pictures[:, :, y, x].mT.cpu()  # (N, parts, 3)
     nearest = torch.cdist(seen, palette).argmin(-1).tolist()
-    return [dict(zip(SPOTS, (list(COLOURS)[k] for k in row))) for row in nearest]
+    return [dict(zip(SPOT, (list(COLOURS)[k] for k in row))) for row in nearest]
 
 
 def draw_birds(size):
@@ -158,7 +158,7 @@ def read_birds(folder, size):
     for split in flag.values():
         rows = [row for row, k in enumerate(names) if split_of[k] == split]
         if not rows:
-            raise InputError(f"{root / 'images.txt'} lists no picture to {split}: take it as released")
+            raise InputError(f"{root / 'images.txt'} lists no picture to {split}: get it anew")
         data[split] = pictures[rows].permute(0, 3, 1, 2), [captions[row] for row in rows], None
     return data
 
@@ -197,7 +197,7 @@ class TextDecoder(nn.Module):
         return hf.DynamicCache([(m, m) for m in memory.unbind(1)])
 
     def forward(self, tokens, z, cache):
-        """The last hidden states of tokens (B, T), (B, T, n_embd); cache holds what comes before."""
+        """Last hidden states of tokens (B, T), (B, T, n_embd); cache holds what comes before."""
         x = self.gpt2.transformer.wte(tokens) + self.embedding(z)[:, None]  # (B, T, n_embd)
         return self.gpt2.transformer(inputs_embeds=x, past_key_values=cache, use_cache=True)[0]
 
@@ -244,8 +244,8 @@ def pretrained(kind, name):
         return found
     except Exception as problem:  # the hub's errors have no class in common
         why = " ".join(str(problem).split()[:40])
-        raise InputError(f"{name} cannot be had as {kind.__name__} ({why}): give a local folder with "
-                         "its files, or connect to the hub") from problem
+        raise InputError(f"{name} cannot be had as {kind.__name__} ({why}): give a local folder "
+                         "with its files, or connect to the hub") from problem
 
 
 def load_optimus(path, encoder, decoder):
@@ -269,12 +269,12 @@ def text_tokenizers(s, captions):
     """BERT's tokenizer and GPT-2's for settings s; small: the words that captions have twice."""
     special = dict(pad_token="<PAD>", bos_token="<BOS>", eos_token="<EOS>")
     if s.text == "small":
-        words = Tokenizer(models.WordLevel(unk_token="<UNK>"))
-        words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+        base = Tokenizer(models.WordLevel(unk_token="<UNK>"))
+        base.normalizer, base.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
         reserved = [*special.values(), "<UNK>"]
         trainer = trainers.WordLevelTrainer(min_frequency=2, special_tokens=reserved)
-        words.train_from_iterator((c for ten in captions for c in ten), trainer)
-        return [hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<UNK>", **special)] * 2
+        base.train_from_iterator((c for ten in captions for c in ten), trainer)
+        return [hf.PreTrainedTokenizerFast(tokenizer_object=base, unk_token="<UNK>", **special)] * 2
     tokenizers = [pretrained(hf.AutoTokenizer, name) for name in (s.bert, s.gpt2)]
     tokenizers[1].add_special_tokens(special)
     return tokenizers
@@ -283,7 +283,7 @@ def text_tokenizers(s, captions):
 def tokenise(tokenizers, captions, length):
     """N captions as BERT's tokens and GPT-2's, (N, 2, length), padded on the right."""
     options = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    ends = [(words.bos_token or "", words.eos_token or "") for words in tokenizers]  # or adds its own
+    ends = [(words.bos_token or "", words.eos_token or "") for words in tokenizers]  # or its own
     both = [words([begin + caption + end for caption in captions], **options)["input_ids"]
             for words, (begin, end) in zip(tokenizers, ends)]
     return torch.stack(both, dim=1)
