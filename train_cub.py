@@ -39,7 +39,7 @@ class Settings(train_celeba.Settings):
 
     out: str = option("runs/birds", "folder for checkpoints, numbers and pictures", "runs/cub")
     size: int = option(32, "side of the pictures in pixels", 64)
-    steps: int = option(3000, "training steps of Diff-MVAE", 94_000)  # 500 epochs of 5,994 birds
+    steps: int = option(4400, "training steps of Diff-MVAE", 94_000)  # 500 epochs of 5,994 birds
     batch_size: int = option(8, "examples in a step", 32)
     weight: float = option(None, "weight of log p(caption|z) (default: 1 for a bound, or 5)")
     latent_dim: int = option(64, "dimensions of z, an even number", 768)
@@ -51,7 +51,7 @@ class Settings(train_celeba.Settings):
     bert: str = option("bert-base-cased", "encoder of the text: name in the hub, or local folder")
     gpt2: str = option("gpt2", "decoder of the text: name in the hub, or local folder")
     optimus: str = option("", "file of Optimus weights to load into these two (§4.1)")
-    tokens: int = option(26, "longest caption; what is beyond is cut", 64)
+    tokens: int = option(28, "longest caption; what is beyond is cut", 64)
     measured: int = option(128, "pictures generated of each kind for the tables", 6000)
     clip: str = option("", "CLIP for Tables 1 and 2: name in the hub, or local folder")
 
@@ -99,8 +99,8 @@ def draw_bird(f, rng, size):
 
 
 def write_caption(f, rng):
-    """A caption that names three or four of the five parts of a bird with factors f."""
-    parts = [list(SPOT)[k] for k in sorted(rng.permutation(len(SPOT))[: rng.integers(3, 5)])]
+    """A caption that names four or all five of the parts of a bird with factors f."""
+    parts = [list(SPOT)[k] for k in sorted(rng.permutation(len(SPOT))[: rng.integers(4, 6)])]
     noun = {k: rng.choice([word for word, part in NOUNS.items() if part == k]) for k in parts}
     phrases = [f"a {f['shape'] + ' ' if k == 'bill' else ''}{f[k]} {noun[k]}" for k in parts]
     opening = str(rng.choice(OPENINGS)).format(f["size"])
