@@ -5,15 +5,14 @@ Gaussians; training draws subsets (MoPoE). Simple modalities have feed-forward d
 a diffusion decoder conditioned on z, whose denoising score-matching loss stands inside the ELBO. A
 second, small diffusion model learns the distribution of z for unconditional samples.
 
-The file follows the paper from top to bottom; README.md lists what is where. Its notation:
+The file follows the paper from top to bottom; README.md lists what is where, and all departures
+from its formulas, which are marked "Deviation" here. The notation:
 
     x_1 .. x_M    modalities                          z           latent, (B, D), p(z) = N(0, I)
     A, S, ω_A     a subset, their family, its weight  μ, log σ²   mu, logvar of an expert or product
     t ∈ [0, 1]    time                                x_t         α(t) x + σ(t) ε, with ε ~ N(0, I)
     ℓ(t)          log-SNR, log α²/σ²                  β(t)        g(t)², the SDE's noise rate
     ε̂_θ(x_t,z,t)  the predicted noise                 s_θ         the score, −ε̂/σ
-
-Departures from the paper's formulas are marked "Deviation"; README.md lists these and the rest.
 """
 
 import argparse
@@ -190,9 +189,8 @@ class Diffusion(nn.Module):
     Diff-MVAE*   velocity     σ(t)²/α(t)²     t              no, a surrogate    DDIM, 50
 
     Deviation: the paper gives Diff-MVAE* λ = 1. In Eq. 2 that would weigh small t still more than
-    g² does; the works it cites have λ = 1 on the ε-loss of Eq. 1, which "simple" takes. "velocity"
-    has it on the network's own output, ‖v − v̂‖², and learns colours and layout, which are settled
-    where α is small, in a fraction of the steps.
+    g² does; the works it cites have λ = 1 on Eq. 1's ε-loss: "simple". "velocity" has it on the
+    network's own output, ‖v − v̂‖², and learns what is settled where α is small far sooner.
     """
 
     samplers = {"likelihood": (euler_maruyama, 500), "simple": (ddim, 50), "velocity": (ddim, 50)}
@@ -409,10 +407,9 @@ class ConvEncoder(Encoder):
         layers = [nn.Conv2d(channels, widths[0], 5, padding=2), nn.AvgPool2d(2)]
         for c_in, c_out in zip(widths, widths[1:]):
             layers += [ResBlock(2, c_in, c_out), nn.AvgPool2d(2)]
-        side = size // 2 ** len(widths)
-        layers += [ResBlock(2, widths[-1], widths[-1])]
-        layers += [group_norm(widths[-1]), nn.SiLU(), nn.Flatten()]
-        super().__init__(*layers, nn.Linear(widths[-1] * side * side, 2 * latent_dim))
+        side, c = size // 2 ** len(widths), widths[-1]
+        layers += [ResBlock(2, c, c), group_norm(c), nn.SiLU(), nn.Flatten()]
+        super().__init__(*layers, nn.Linear(c * side * side, 2 * latent_dim))
 
 
 class ConvDecoder(nn.Sequential):
@@ -637,7 +634,7 @@ class Options:
             if getattr(self, f.name) is None:
                 setattr(self, f.name, f.metadata["real" if self.data else "drawn"])
             value, least = getattr(self, f.name), 0 if not f.metadata["drawn"] else 1e-9
-            if any(v < least for v in np.ravel(value) if isinstance(v, (int, float, np.number))):
+            if any(v < least for v in np.ravel(value) if isinstance(v, np.number)):
                 raise InputError(f"--{f.name.replace('_', '-')} {value}: give a positive number")
 
     @classmethod
@@ -667,8 +664,8 @@ def save_checkpoint(path, state):
         torch.save(state, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as problem:  # RuntimeError: how torch says that a disk is full
-        cure = "make room or take another folder; what was saved before is whole"
-        raise InputError(f"{path} cannot be written ({problem}): {cure}") from problem
+        raise InputError(f"{path} cannot be written ({problem}), what was there before is whole: "
+                         "make room, or take another folder") from problem
 
 
 def restore(path, settings, parts, device):
@@ -680,26 +677,26 @@ def restore(path, settings, parts, device):
     was = state["settings"]
     if differ := [k for k in was | settings if was.get(k) != settings.get(k)]:
         changes = ", ".join(f"{k} was {was.get(k)!r} and is {settings.get(k)!r}" for k in differ)
-        cure = "restore them, remove the file, or change --out"
-        raise InputError(f"{path} has other settings ({changes}): {cure}")
+        raise InputError(f"{path} has other settings ({changes}): remove it or change --out")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"], state["seconds"]
 
 
 def prepare(options):
-    """Refuse at once what would fail later: no such device, a locked folder, other checkpoints."""
-    out, flags = Path(options.out), f"--device {options.device} or --out {options.out}"
+    """options, if nothing will fail later: the device, the folder, the checkpoints in it."""
+    out = Path(options.out)
     try:
         torch.empty(0, device=options.device)
         out.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=out).close()
     except (OSError, RuntimeError, AssertionError) as problem:
-        why = str(problem).splitlines()[0]
+        flags, (why, *_) = f"--device {options.device} or --out {out}", str(problem).splitlines()
         raise InputError(f"{flags} cannot be used ({why}): give another") from problem
     for path, stage in ((out / f"{stage}.pt", stage) for stage in STAGES):
         if path.exists():
             restore(path, options.shared(stage), {}, options.device)
+    return options
 
 
 def readings(named, step):
@@ -789,8 +786,8 @@ def frechet_distance(a, b):
     a, b = a.double(), b.double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # eigenvalues are ≥ 0
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
-    return distance.item()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return (means + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
 def save_grid(path, rows, captions=None, side=64):
@@ -812,8 +809,7 @@ def save_grid(path, rows, captions=None, side=64):
     draw = ImageDraw.Draw(sheet)
     for label, strip in strips.items():
         sheet.paste(Image.fromarray(strip), (margin, top))
-        width = strip.shape[1] // len(rows[label])
-        height = scale * rows[label].shape[-2]
+        height, width = scale * rows[label].shape[-2], strip.shape[1] // len(rows[label])
         draw.text((6, top + height / 2), label, "black", font, anchor="lm")
         for j, caption in enumerate(captions.get(label, [])):
             text = textwrap.fill(caption, width // 6)
@@ -847,9 +843,7 @@ def main(run, options, description):
     """A script's entry: run on the command line's options; an InputError is a line, status 2."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     try:
-        settings = options.parse(description)
-        prepare(settings)
-        run(settings)
+        run(prepare(options.parse(description)))
     except (InputError, FloatingPointError, KeyboardInterrupt) as problem:
         why = str(problem) or "stopped: run it again"
         print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)

@@ -966,7 +966,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     stop_after(3, tmp_path)
     before = (tmp_path / "model.pt").read_bytes()
     (tmp_path / "model.part").symlink_to("/dev/full")  # every write fails, as on a full disk
-    with pytest.raises(dm.InputError, match="model.pt cannot be written .*before is whole"):
+    with pytest.raises(dm.InputError, match="model.pt cannot be written .*before is whole: make room"):
         toy(tmp_path)
     assert (tmp_path / "model.pt").read_bytes() == before
 
@@ -1581,10 +1581,13 @@ def test_readme_examples(tmp_path, monkeypatch, few_evaluations):
     """Every Python block of the README runs, in order, beside a small trained run."""
     monkeypatch.setattr(celeba, "FACES", {"train": 40, "test": 12})
     celeba.run(tiny(out=str(tmp_path / "runs" / "drawn"), steps=2, prior_steps=2, batch_size=4))
+    monkeypatch.setattr(cub, "BIRDS", {"train": 40, "test": 8})
+    small = dict(device="cpu", size=16, latent_dim=16, channels=8, encoder_channels=8, measured=4)
+    cub.run(cub.Settings(out=str(tmp_path / "runs" / "birds"), steps=2, prior_steps=2, batch_size=4, **small))
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 2
     namespace = {}
     for block in blocks:
         exec(block, namespace)
-    assert (tmp_path / "glasses.png").exists()
+    assert (tmp_path / "glasses.png").exists() and (tmp_path / "birds.png").exists()

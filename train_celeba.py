@@ -8,6 +8,7 @@ The same command run again goes on where it stopped.
 """
 
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -397,8 +398,10 @@ def run(s):
     if s.is_bound:
         results["nats"] = nats(model, data["test"])
     show(results)
+    started = time.monotonic()
     draw(Path(s.out) / "samples.png", model, batch(data["test"], slice(10)), prior)
-    save_results(s, results | {"seconds": seconds})
+    speed = 10 * (len(CONDITIONS) + 2) / (time.monotonic() - started)
+    save_results(s, results | {"seconds": seconds, "images sampled per second": speed})
 
 
 if __name__ == "__main__":
