@@ -272,18 +272,19 @@ def zeroed(layer):
 
 
 class Attention(nn.Module):
-    """Self-attention over positions: x + attention(GN(x)). (B, C, ...) -> (B, C, ...)"""
+    """Self-attention over positions: x + proj(softmax(q kᵀ/√d) v). (B, C, ...) -> (B, C, ...)"""
 
     def __init__(self, channels, heads):
         super().__init__()
-        self.norm = group_norm(channels)
-        self.attention = nn.MultiheadAttention(channels, heads, batch_first=True)
-        zeroed(self.attention.out_proj)
+        self.heads, self.norm = heads, group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x):
-        h = self.norm(x).flatten(2).mT  # (B, L, C)
-        h, _ = self.attention(h, h, h, need_weights=False)
-        return x + h.mT.reshape(x.shape)
+        h = self.qkv(self.norm(x).flatten(2).mT)  # (B, L, 3C)
+        q, k, v = h.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, d)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, L, C)
+        return x + self.proj(h).mT.reshape(x.shape)
 
 
 class ResBlock(nn.Module):
@@ -333,8 +334,7 @@ class UNet(nn.Module):
         self.embed_time = nn.Sequential(nn.Linear(2 * (width // 2), e), nn.SiLU(), nn.Linear(e, e))
         self.embed_z = nn.Linear(z_dim, e) if z_dim else None
         self.guess = nn.Linear(z_dim, channels * size**dims) if z_dim else None
-        inputs = 2 * channels if z_dim else channels
-        self.stem = CONV[dims](inputs, c, patch + 2, stride=patch, padding=1)
+        self.stem = CONV[dims](channels * (2 if z_dim else 1), c, patch + 2, stride=patch, padding=1)
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [c]
         for level, w in enumerate(widths):
             stage = nn.ModuleList(block(c if i == 0 else w, w, level) for i in range(blocks))

@@ -497,13 +497,22 @@ def test_attention_is_softmax_attention():
     torch.manual_seed(0)
     layer, x = dm.Attention(8, 2), torch.randn(3, 8, 4, 5)
     nudge(layer)
-    a, h = layer.attention, layer.norm(x).view(3, 8, 20)
-    qkv = torch.einsum("oc,bcl->bol", a.in_proj_weight, h) + a.in_proj_bias[:, None]
+    h = layer.norm(x).view(3, 8, 20)
+    qkv = torch.einsum("oc,bcl->bol", layer.qkv.weight, h) + layer.qkv.bias[:, None]
     q, k, v = qkv.view(3, 3, 2, 4, 20).unbind(1)  # (B, heads, C, L)
     weights = torch.einsum("bhcl,bhcm->bhlm", q, k).div(4**0.5).softmax(-1)
     mixed = torch.einsum("bhlm,bhcm->bhcl", weights, v).reshape(3, 8, 20)
-    out = torch.einsum("oc,bcl->bol", a.out_proj.weight, mixed) + a.out_proj.bias[:, None]
+    out = torch.einsum("oc,bcl->bol", layer.proj.weight, mixed) + layer.proj.bias[:, None]
     torch.testing.assert_close(layer(x), x + out.view(3, 8, 4, 5))
+
+
+def test_encoders_start_wide():
+    torch.manual_seed(0)
+    bert = hf.BertModel(hf.BertConfig(vocab_size=12, hidden_size=256, num_hidden_layers=1, num_attention_heads=2))
+    conv, text = dm.ConvEncoder(3, 16, 100, [8, 16]), cub.TextEncoder(bert, 100)
+    for last in (dm.Encoder(dm.mlp(5, 300, 200))[0][-1], conv[-1], text.linear):
+        means, logvars = last.weight.chunk(2)
+        assert (means.std() / logvars.std()).item() == pytest.approx(8, rel=0.05)
 
 
 @pytest.mark.parametrize("size", [16, 32])
@@ -1328,6 +1337,17 @@ def test_words_go_there_and_back():
     assert tokens.shape == (2, 2, 12) and torch.equal(tokens[:, 0], tokens[:, 1])  # one tokenizer, twice
     assert tokens[0, 0, 0] == words.bos_token_id and (tokens[0, 0] == words.eos_token_id).sum() == 1
     assert cub.spell(tokenizers, tokens[:, 1]) == [captions[0][0], "a bird , small & gris - bleu"]
+
+
+def test_small_networks_know_distances_from_the_start():
+    """The inner product of two positions depends on nothing but how far apart they are."""
+    s = cub.Settings(device="cpu")
+    encoder, decoder = cub.text_networks(s, cub.text_tokenizers(s, [["a red bird", "a blue bird"]] * 2))
+    for table in (encoder.bert.embeddings.position_embeddings.weight, decoder.gpt2.transformer.wpe.weight):
+        gram = (table[:40] @ table[:40].T).detach()
+        for k in range(40):
+            torch.testing.assert_close(gram.diagonal(k), gram[0, k].expand(40 - k), atol=1e-3, rtol=0)
+        assert gram[0, 1] < gram[0, 0] and gram[0, 8] < gram[0, 1]
 
 
 def test_optimus_weights_are_found_by_their_names(tmp_path):
