@@ -334,7 +334,7 @@ class UNet(nn.Module):
         self.embed_time = nn.Sequential(nn.Linear(2 * (width // 2), e), nn.SiLU(), nn.Linear(e, e))
         self.embed_z = nn.Linear(z_dim, e) if z_dim else None
         self.guess = nn.Linear(z_dim, channels * size**dims) if z_dim else None
-        self.stem = CONV[dims](channels * (2 if z_dim else 1), c, patch + 2, stride=patch, padding=1)
+        self.stem = CONV[dims]((1 + bool(z_dim)) * channels, c, patch + 2, stride=patch, padding=1)
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [c]
         for level, w in enumerate(widths):
             stage = nn.ModuleList(block(c if i == 0 else w, w, level) for i in range(blocks))
