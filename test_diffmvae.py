@@ -1443,6 +1443,7 @@ def test_drawn_birds_show_what_their_captions_say(seed):
     picture, caption = cub.draw_bird(f, rng, 32), cub.write_caption(f, rng)
     said = cub.parse(caption)
     assert said.items() <= f.items() and len(said) >= 4
+    assert ("shape" in said) == ("bill" in said) and ("size" in said) == (f["size"] in caption.split())
     assert re.fullmatch(cub.GRAMMAR, caption)
     assert not re.fullmatch(cub.GRAMMAR, caption.replace(" and", "", 1))
     (seen,) = cub.read_colours(torch.tensor(picture).permute(2, 0, 1)[None] / 127.5 - 1)
