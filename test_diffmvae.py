@@ -1458,6 +1458,35 @@ def test_every_factor_changes_the_picture():
         assert (draw(f | {k: other}) != draw(f)).any()
 
 
+class Echo:
+    """A model whose z is known: the sum of what is given, without noise; its decoders repeat z."""
+
+    class Decoder:
+        sample = staticmethod(lambda z: z)
+        log_prob = staticmethod(lambda x, z: z[:, 0] * x[:, 0, 0])
+
+    decoders = {"image": Decoder, "caption": Decoder}
+
+    @staticmethod
+    def posterior(x):
+        mu = sum(v.flatten(1)[:, :1].float() for v in x.values())
+        return mu, torch.full_like(mu, -torch.inf)
+
+
+def test_what_is_generated_from_what(monkeypatch):
+    monkeypatch.setattr(cub, "spell", lambda _, tokens: tokens.flatten().tolist())
+    x = {"image": torch.tensor([1.0, 2, 3, 5])[:, None], "caption": torch.tensor([10.0, 20, 30, 50]).view(4, 1, 1).expand(4, 2, 1)}
+    pairs = cub.generate(Echo, None, x, 2)
+    assert set(pairs) == {"real", "caption from image", "image from caption"}
+    assert pairs["real"][1] == [10, 20, 30, 50] and torch.equal(pairs["real"][0], x["image"])
+    assert pairs["caption from image"][1] == [1, 2, 3, 5] and torch.equal(pairs["caption from image"][0], x["image"])
+    assert pairs["image from caption"][0].flatten().tolist() == [10, 20] and pairs["image from caption"][1] == [10, 20]
+    a, b = x["image"][:, 0], x["caption"][:, 0, 0]
+    expected = {"both": (a + b) * b, "the caption": b * b, "the image": a * b, "another bird's image": a[[2, 3, 0, 1]] * b}
+    found = {label: row["nats"] for label, row in cub.caption_nats(Echo, x).items()}
+    assert found == {label: pytest.approx(value.mean().item()) for label, value in expected.items()}
+
+
 def test_coherence_by_hand():
     red, blue = (torch.tensor(cub.COLOURS[c]).view(3, 1, 1) / 127.5 - 1 for c in ("red", "blue"))
     pictures = torch.stack([red.expand(3, 32, 32), blue.expand(3, 32, 32)])
