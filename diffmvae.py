@@ -329,8 +329,7 @@ class UNet(nn.Module):
         widths, c, e = [width * m for m in multipliers], width, max(256, 4 * width)
         here = lambda level: heads if level in attention else 0
         block = lambda c_in, c_out, level: ResBlock(dims, c_in, c_out, e, dropout, here(level))
-        frequencies = torch.linspace(-4, 4, width // 2).exp2()
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("frequencies", torch.linspace(-4, 4, width // 2).exp2(), False)
         self.embed_time = nn.Sequential(nn.Linear(2 * (width // 2), e), nn.SiLU(), nn.Linear(e, e))
         self.embed_z = nn.Linear(z_dim, e) if z_dim else None
         self.guess = nn.Linear(z_dim, channels * size**dims) if z_dim else None
@@ -343,8 +342,7 @@ class UNet(nn.Module):
             self.down.append(nn.ModuleList([stage, halve]))
             skips += [w] * (blocks + (not last))
             c = w
-        attending = ResBlock(dims, c, c, e, dropout, heads)
-        self.middle = nn.ModuleList([attending, ResBlock(dims, c, c, e, dropout)])
+        self.middle = nn.ModuleList(ResBlock(dims, c, c, e, dropout, h) for h in (heads, 0))
         for level, w in reversed(list(enumerate(widths))):
             stage = nn.ModuleList()
             for _ in range(blocks + 1):
@@ -380,8 +378,8 @@ class UNet(nn.Module):
 
 
 def spread(linear):
-    """The last layer of an encoder with the means' weights eight times as large: z then starts as
-    wide as N(0, I), and decoders see at once what is in it."""
+    """The last layer of an encoder with the means' weights eight times as large as usual, for z to
+    start about as wide as N(0, I): decoders then see sooner what is in it."""
     linear.weight.data.chunk(2)[0].mul_(8)
     return linear
 
@@ -668,13 +666,18 @@ def save_checkpoint(path, state):
                          "make room, or take another folder") from problem
 
 
-def restore(path, settings, parts, device):
-    """Load {name: part} from a checkpoint of the same settings; return its step and seconds."""
+def read_checkpoint(path):
+    """What save_checkpoint wrote, on the CPU."""
     try:
-        state = torch.load(path, device, weights_only=True)
+        return torch.load(path, "cpu", weights_only=True)
     except Exception as problem:  # torch has no class for what is not, or not all of, a checkpoint
-        raise InputError(f"{path} is damaged ({problem}): remove it") from problem
-    was = state["settings"]
+        raise InputError(f"{path} cannot be read: missing, or damaged; then remove it") from problem
+
+
+def restore(path, settings, parts):
+    """Load {name: part} from a checkpoint of the same settings; return its step and seconds."""
+    state = read_checkpoint(path)
+    was = state.get("settings", {})
     if differ := [k for k in was | settings if was.get(k) != settings.get(k)]:
         changes = ", ".join(f"{k} was {was.get(k)!r} and is {settings.get(k)!r}" for k in differ)
         raise InputError(f"{path} has other settings ({changes}): remove it or change --out")
@@ -695,7 +698,7 @@ def prepare(options):
         raise InputError(f"{flags} cannot be used ({why}): give another") from problem
     for path, stage in ((out / f"{stage}.pt", stage) for stage in STAGES):
         if path.exists():
-            restore(path, options.shared(stage), {}, options.device)
+            restore(path, options.shared(stage), {})
     return options
 
 
@@ -718,9 +721,8 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
 
     terms(indices) -> {name: (B,)}, named terms for a batch: the first is maximised, all are shown.
     stage: "model" or "prior", which names the checkpoint. rates: [(module, learning rate), ...].
-    Where there is a checkpoint, training goes on and ends as if never interrupted: each step draws
-    all its randomness, the batch included, from (seed, stage, step). preview(averaged) follows
-    every checkpoint.
+    Where there is a checkpoint, training goes on and ends as if never interrupted: a step draws all
+    its randomness from (seed, stage, step). preview(averaged) follows every checkpoint.
     """
     path, settings = Path(options.out) / f"{stage}.pt", options.shared(stage)
     steps = options.steps if stage == "model" else options.prior_steps
@@ -730,7 +732,7 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
     groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
     optimizer = torch.optim.Adam(groups, fused=True)
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
-    step, seconds = restore(path, settings, parts, options.device) if path.exists() else (0, 0.0)
+    step, seconds = restore(path, settings, parts) if path.exists() else (0, 0.0)
     weights, averages = list(model.parameters()), list(averaged.parameters())
     progress = tqdm(desc=stage, total=steps, initial=step, unit=" images", unit_scale=size)
     with ExitStack() as stack, progress as bar:
@@ -761,21 +763,19 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
                 state = {"step": step, "seconds": seconds, "settings": settings}
                 states = {name: part.state_dict() for name, part in parts.items()}
                 save_checkpoint(path, state | states)
-            if stop and due:
-                raise SystemExit(f"\nstopped after step {step}, saved in {path}: run it again")
-            if due and preview:
+            if due and preview and not stop:
                 preview(averaged)
                 started = time.monotonic() - seconds
+            if stop and due:
+                raise SystemExit(f"\nstopped after step {step}, saved in {path}: run it again")
     return averaged, seconds
 
 
 # ---- 9  Measures and pictures (§4) ---------------------------------------------------------------
 
 def f1_score(predicted, actual):
-    """Sample-average F1 (§4.2): 2 TP / (2 TP + FP + FN) of each example, 0 where both are empty.
-
-    predicted, actual: (N, ...) bool, or probabilities, which are thresholded at ½.
-    """
+    """Sample-average F1 (§4.2): 2 TP / (2 TP + FP + FN) of each example, 0 where both are empty;
+    predicted, actual: (N, ...) bool, or probabilities, which are thresholded at ½."""
     predicted, actual = ((x > 0.5).flatten(1) for x in (predicted, actual))
     both, total = (predicted & actual).sum(1), predicted.sum(1) + actual.sum(1)
     return (2 * both / total.clamp(min=1)).mean().item()
@@ -791,10 +791,8 @@ def frechet_distance(a, b):
 
 
 def save_grid(path, rows, captions=None, side=64):
-    """A PNG of labelled rows, {label: (n, 1 or 3, H, W) in [−1, 1]}, enlarged to this side or more.
-
-    captions: {label: n strings}, written under the pictures of that row.
-    """
+    """A PNG of rows, {label: (n, 1 or 3, H, W) in [−1, 1]}, enlarged to this side or more, and of
+    captions, {label: n strings}, under the pictures."""
     font, small, strips = ImageFont.load_default(14), ImageFont.load_default(10), {}
     margin, captions = 12 + max(int(font.getlength(label)) for label in rows), captions or {}
     scale = max(1, side // next(iter(rows.values())).shape[-1])
@@ -831,7 +829,8 @@ def save_results(options, results):
     name, peak = f"CPU, {torch.get_num_threads()} threads", resource.getrusage(resource.RUSAGE_SELF)
     memory, path = peak.ru_maxrss * 1024, Path(options.out) / "results.json"
     if options.device.startswith("cuda"):
-        name, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+        name = torch.cuda.get_device_name(options.device)
+        memory = torch.cuda.max_memory_allocated(options.device)
     speed = options.steps * options.batch_size / results["seconds"]["model"]
     record = {"settings": asdict(options), "device": name, "peak memory, GiB": memory / 2**30,
               "images trained per second": speed}

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from diffmvae import (
     STAGES, CalibratedGaussian, ConvDecoder, ConvEncoder, DiffMVAE, Diffusion, Encoder, FeedForward,
     InputError, LatentPrior, Options, UNet, bernoulli, f1_score,
-    fit, in_batches, main, mlp, option, sample_gaussian, save_checkpoint, save_grid, save_results,
+    fit, in_batches, main, mlp, option, read_checkpoint, sample_gaussian, save_checkpoint,
+    save_grid, save_results,
 )
 
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
@@ -222,11 +223,11 @@ def read_face(folder, k, size):
 
 def decoded(cache, read, names):
     """[read(name) for each name], in threads; kept in the file cache and taken from there."""
-    kept = torch.load(cache, weights_only=True) if cache.exists() else {}
+    kept = read_checkpoint(cache) if cache.exists() else {}
     if kept.get("names") != names:
         with ThreadPoolExecutor() as pool:
             arrays = list(tqdm(pool.map(read, names), "decoding pictures", len(names)))
-        kept = {"names": names, "arrays": torch.from_numpy(np.stack(arrays))}
+        kept = {"names": names, "arrays": torch.from_numpy(np.array(arrays))}
         save_checkpoint(cache, kept)
     return kept["arrays"]
 
@@ -260,7 +261,7 @@ def batch(data, i=slice(None)):
 def image_networks(s):
     """The image's encoder and its decoder of the kind s.decoder, for settings s, from its seed."""
     torch.manual_seed(s.seed)
-    D, size, least = s.latent_dim, s.size, max(8, s.patch << len(s.multipliers) - 1)
+    D, size, least = s.latent_dim, s.size, math.lcm(8, s.patch << len(s.multipliers) - 1)
     if size % least or size & size - 1:
         raise InputError(f"--size {size}: give a power of 2 and a multiple of {least}")
     for flag, factor in (("channels", 8), ("encoder_channels", 2)):
@@ -310,7 +311,7 @@ def train(s, data, pair, batch, draw):
 
 def load(out, device="cpu", settings=Settings, build=build):
     """(model, prior) that a finished run left in the folder out, ready to use."""
-    saved = [torch.load(Path(out) / f"{stage}.pt", device, weights_only=True) for stage in STAGES]
+    saved = [read_checkpoint(Path(out) / f"{stage}.pt") for stage in STAGES]
     pair = build(settings(**saved[0]["settings"], device=device))
     for part, state in zip(pair, saved):
         part.load_state_dict(state["averaged"])
@@ -337,7 +338,7 @@ def sample(decoder, z):
 
 
 def unconditional(prior, n):
-    """n rows of z from nothing (§3.4), without and with the latent prior: {label: (n, D)}."""
+    """n rows of z from nothing (§3.4), with the latent prior and without it: {label: (n, D)}."""
     z = in_batches(lambda b: [prior.sample(len(b["z"]))], {"z": torch.empty(n)}, "sampling z")[0]
     return {"unconditional, latent prior": z, "unconditional, N(0, I)": torch.randn_like(z)}
 
@@ -350,10 +351,10 @@ def best_constant_f1(train, test):
 
 def table3(model, train, test):
     """Table 3's F1, {given: {modality: score}}, beside the best that ignores the input."""
-    scores = {"both others": {}, "the image": {}, "nothing": {}}
+    scores, x = {"both others": {}, "the image": {}, "nothing": {}}, batch(test)
     for target, other in (("attributes", "mask"), ("mask", "attributes")):
         for label, given in (("both others", ["image", other]), ("the image", ["image"])):
-            predicted = sample(model.decoders[target], infer(model, batch(test), given))
+            predicted = sample(model.decoders[target], infer(model, x, given))
             scores[label][target] = f1_score(predicted, test[target])
         scores["nothing"][target] = best_constant_f1(train[target], test[target])
     return scores
@@ -368,7 +369,6 @@ def nats(model, test):
     return {"test": named}
 
 
-@torch.no_grad()
 def draw(path, model, faces, prior=None):
     """Rows: real faces, generated given each condition and, with the prior, given nothing."""
     z = {label: infer(model, faces, given) for label, given in CONDITIONS.items()}

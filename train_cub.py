@@ -218,13 +218,13 @@ class TextDecoder(nn.Module):
         """Captions, (B, longest − 1) tokens: greedy, or nucleus sampling (Holtzman et al. 2020)."""
         c, cache, likeliest = self.gpt2.config, self.remember(z), hf.TopPLogitsWarper(top_p)
         token = torch.full((len(z), 1), c.bos_token_id, device=z.device)
-        tokens, ended = [], torch.zeros_like(token, dtype=torch.bool)
-        while len(tokens) < self.longest - 1 and not ended.all():
+        tokens, ended = [token[:, :0]], torch.zeros_like(token, dtype=torch.bool)
+        while len(tokens) < self.longest and not ended.all():
             logits = self.logits(token, z, cache)[:, -1] / temperature  # (B, V)
             token = likeliest(None, logits).softmax(-1).multinomial(1)
             tokens.append(token := token.masked_fill(ended, c.pad_token_id))
             ended |= token == c.eos_token_id
-        rest = self.longest - 1 - len(tokens)
+        rest = self.longest - len(tokens)
         return F.pad(torch.cat(tokens, dim=1), (0, rest), value=c.pad_token_id)
 
 
@@ -372,7 +372,7 @@ def generate(model, tokenizers, x, n, prior=None):
 
 def coherence(pairs, factors):
     """{label: {measure: value}}: the share of the colours named that the picture shows, and of all
-    that is said what is true of the real bird; claims a caption; captions within the grammar."""
+    that is said what is true of the real bird; claims per caption; captions within the grammar."""
     known, table = {"real": factors, "caption from image": factors}, {}
     known["real, shuffled"] = np.roll(factors, len(factors) // 2)
     agree = lambda said, true: np.mean(
@@ -382,15 +382,15 @@ def coherence(pairs, factors):
         row = table[label] = {"colours": agree(said, read_colours(pictures))}
         if label in known:
             row["all factors"] = agree(said, known[label])
-        row["claims"] = np.mean([len(factors) for factors in said])
+        row["claims"] = np.mean([*map(len, said)])
         row["grammatical"] = np.mean([bool(re.fullmatch(GRAMMAR, text)) for text in captions])
     return table
 
 
-def table2(name, pairs, device):
+def table2(clip, pairs, device):
     """{label: {measure: value}}: CLIP score, 100 cos (Hessel et al. 2021), and the Fréchet distance
     to real pictures among CLIP's features of pictures."""
-    clip, words = pretrained(hf.CLIPModel, name).to(device), pretrained(hf.AutoTokenizer, name)
+    clip, words = clip[0].to(device), clip[1]
     side = clip.config.vision_config.image_size
     mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=device)[..., None, None]
 
@@ -399,11 +399,11 @@ def table2(name, pairs, device):
         image = clip.get_image_features(((pixels + 1) / 2 - mean) / std).pooler_output
         return image, clip.get_text_features(**x).pooler_output
 
-    table = {}
+    real, table = None, {}
     for label, (pictures, captions) in pairs.items():
         tokens = words(captions, padding=True, truncation=True, return_tensors="pt").to(device)
         image, text = in_batches(features, {"image": pictures, **tokens}, "CLIP")
-        real = image if label == "real" else real  # which comes first
+        real = image if real is None else real  # the first row
         table[label] = {"CLIP score": 100 * F.cosine_similarity(image, text).mean().item(),
                         "Fréchet, CLIP": frechet_distance(image, real)}
     return table
@@ -421,12 +421,12 @@ def draw(path, model, x, prior=None, tokenizers=None):
 
 def run(s):
     """Data, both stages of training, the tables on the screen, results.json, samples.png."""
+    clip = [pretrained(kind, s.clip) for kind in (hf.CLIPModel, hf.AutoTokenizer) if s.clip]
     birds = read_birds(Path(s.data), s.size) if s.data else draw_birds(s.size)
     tokenizers, data = text_tokenizers(s, birds["train"][1]), {}
     for split, (pictures, captions, _) in birds.items():
-        tokens = tokenise(tokenizers, [c for ten in captions for c in ten], s.tokens)
-        tokens = tokens.unflatten(0, (-1, 10))
-        data[split] = {"image": pictures.to(s.device), "caption": tokens.to(s.device)}
+        tokens = tokenise(tokenizers, [c for ten in captions for c in ten], s.tokens).to(s.device)
+        data[split] = {"image": pictures.to(s.device), "caption": tokens.unflatten(0, (-1, 10))}
     pair, sheet = build(s, tokenizers), partial(draw, tokenizers=tokenizers)
     model, prior, seconds = train(s, data["train"], pair, batch, sheet)
     for k, words in zip(("in", "out"), tokenizers):
@@ -434,13 +434,13 @@ def run(s):
     torch.manual_seed(s.seed)
     test = batch(data["test"] | {"caption": data["test"]["caption"][:, :1]})
     pairs = generate(model, tokenizers, test, s.measured, prior)
-    pictures, captions = pairs["real"]  # half-way round is another kind of bird
-    pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions
+    pictures, captions = pairs["real"]
+    pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions  # CUB's kinds in order
     results = {"log p of the caption, z given": caption_nats(model, test)}
     if factors := birds["test"][2]:
         results["coherence"] = coherence(pairs, factors)
     if s.clip:
-        results["CLIP"] = table2(s.clip, pairs, s.device)
+        results["CLIP"] = table2(clip, pairs, s.device)
     show(results)
     sheet(Path(s.out) / "samples.png", model, {name: x[:8] for name, x in test.items()}, prior)
     save_results(s, results | {"seconds": seconds})
