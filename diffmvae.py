@@ -632,8 +632,8 @@ class Options:
             if getattr(self, f.name) is None:
                 setattr(self, f.name, f.metadata["real" if self.data else "drawn"])
             value, least = getattr(self, f.name), 0 if not f.metadata["drawn"] else 1e-9
-            if any(v < least for v in np.ravel(value) if isinstance(v, np.number)):
-                raise InputError(f"--{f.name.replace('_', '-')} {value}: give a positive number")
+            if not all(v >= least for v in np.ravel(value) if isinstance(v, np.number)):
+                raise InputError(f"--{f.name.replace('_', '-')} {value}: give a larger number")
 
     @classmethod
     def parse(cls, description):
@@ -694,8 +694,9 @@ def prepare(options):
         out.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=out).close()
     except (OSError, RuntimeError, AssertionError) as problem:
-        flags, (why, *_) = f"--device {options.device} or --out {out}", str(problem).splitlines()
-        raise InputError(f"{flags} cannot be used ({why}): give another") from problem
+        flag = f"--out {out}" if isinstance(problem, OSError) else f"--device {options.device}"
+        why = str(problem).splitlines()[0]
+        raise InputError(f"{flag} cannot be used ({why}): give another") from problem
     for path, stage in ((out / f"{stage}.pt", stage) for stage in STAGES):
         if path.exists():
             restore(path, options.shared(stage), {})

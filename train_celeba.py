@@ -263,7 +263,7 @@ def image_networks(s):
     torch.manual_seed(s.seed)
     D, size, least = s.latent_dim, s.size, math.lcm(8, s.patch << len(s.multipliers) - 1)
     if size % least or size & size - 1:
-        raise InputError(f"--size {size}: give a power of 2 and a multiple of {least}")
+        raise InputError(f"--size {size} --patch {s.patch}: give a power of 2 that {least} divides")
     for flag, factor in (("channels", 8), ("encoder_channels", 2)):
         if (number := getattr(s, flag)) % factor:
             raise InputError(f"--{flag.replace('_', '-')} {number}: give a multiple of {factor}")

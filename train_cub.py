@@ -330,8 +330,8 @@ def text_networks(s, tokenizers):
 
 def build(s, tokenizers):
     """The untrained model and latent prior for settings s (§4.1); the prior's UNet is 1-D."""
-    if s.latent_dim % 2:
-        raise InputError(f"--latent-dim {s.latent_dim}: give an even number")
+    if s.latent_dim % 2 or not 2 <= s.tokens <= 512:
+        raise InputError(f"--latent-dim {s.latent_dim}, --tokens {s.tokens}: even, 2 to 512")
     pairs = zip(image_networks(s), text_networks(s, tokenizers))
     networks = ({"image": image, "caption": caption} for image, caption in pairs)
     model = DiffMVAE(*networks, s.family, s.beta, {"caption": s.weight})
