@@ -1185,6 +1185,31 @@ def test_settings_of_the_bound_and_of_the_surrogate():
     assert model.beta == 0.01 and model.weights == {"attributes": 10}
 
 
+def test_table3_never_sees_what_it_predicts():
+    given = []
+
+    class Model:
+        class Ones:
+            sample = staticmethod(lambda z: torch.ones(len(z), 4))
+
+        class Zeros:
+            sample = staticmethod(lambda z: torch.zeros(len(z), 1, 2, 2))
+
+        decoders = {"attributes": Ones, "mask": Zeros}
+
+        @staticmethod
+        def posterior(x):
+            given.append(set(x))
+            return torch.zeros(len(x["image"]), 2), torch.zeros(len(x["image"]), 2)
+
+    test = {"image": torch.zeros(3, 3, 2, 2), "mask": torch.ones(3, 1, 2, 2), "attributes": torch.eye(3, 4)}
+    scores = celeba.table3(Model, test, {name: x.byte() for name, x in test.items()})
+    assert given == [{"image", "mask"}, {"image"}, {"image", "attributes"}, {"image"}]
+    for label in ("both others", "the image"):
+        assert scores[label] == {"attributes": pytest.approx(2 / 5), "mask": 0}
+    assert scores["nothing"] == {"attributes": pytest.approx(1 / 2), "mask": 1}
+
+
 def test_best_known_nats():
     """nats() on a model whose evidence is known: N(b, σ²) pixels that z does not touch, encoders at the prior."""
     model = dm.DiffMVAE(
