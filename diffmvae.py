@@ -669,7 +669,7 @@ def save_checkpoint(path, state):
 def read_checkpoint(path):
     """What save_checkpoint wrote, on the CPU."""
     try:
-        return torch.load(path, "cpu", weights_only=True)
+        return torch.load(path, "cpu", weights_only=True, mmap=True)  # reads no more than is used
     except Exception as problem:  # torch has no class for what is not, or not all of, a checkpoint
         raise InputError(f"{path} cannot be read: missing, or damaged; then remove it") from problem
 
@@ -697,8 +697,8 @@ def prepare(options):
         flag = f"--out {out}" if isinstance(problem, OSError) else f"--device {options.device}"
         why = str(problem).splitlines()[0]
         raise InputError(f"{flag} cannot be used ({why}): give another") from problem
-    for path, stage in ((out / f"{stage}.pt", stage) for stage in STAGES):
-        if path.exists():
+    for stage in STAGES:
+        if (path := out / f"{stage}.pt").exists():
             restore(path, options.shared(stage), {})
     return options
 

@@ -746,9 +746,9 @@ def test_pictures_and_vectors_have_the_same_bound():
     torch.testing.assert_close(picture, vector)
 
 
-def tiny(**options):
-    """CelebA's model in its smallest size."""
-    return celeba.Settings(
+def tiny(settings=celeba.Settings, **options):
+    """The smallest size of a script's model."""
+    return settings(
         size=16, channels=8, multipliers=[1, 2], encoder_channels=8, latent_dim=16, device="cpu", **options
     )
 
@@ -1613,8 +1613,7 @@ def test_celeba_end_to_end(tmp_path, monkeypatch, capsys, few_evaluations, optio
 @pytest.mark.parametrize("options", [{}, {"decoder": "feedforward", "family": "mvae"}])
 def test_cub_end_to_end(tmp_path, monkeypatch, capsys, few_evaluations, options):
     monkeypatch.setattr(cub, "BIRDS", {"train": 40, "test": 12})
-    small = dict(device="cpu", size=16, latent_dim=16, channels=8, encoder_channels=8, ema=0.9)
-    s = cub.Settings(out=str(tmp_path), steps=3, prior_steps=2, batch_size=4, measured=4, **small, **options)
+    s = tiny(cub.Settings, out=str(tmp_path), steps=3, prior_steps=2, batch_size=4, measured=4, ema=0.9, **options)
     cub.run(s)
     assert capsys.readouterr().out.startswith("These birds are drawn; --data cub")
     results = json.loads((tmp_path / "results.json").read_text())
@@ -1636,8 +1635,8 @@ def test_cub_end_to_end(tmp_path, monkeypatch, capsys, few_evaluations, options)
 
 
 def test_real_birds_end_to_end(tmp_path, released_birds, monkeypatch, few_evaluations):
-    small = dict(device="cpu", size=16, latent_dim=16, channels=8, encoder_channels=8, multipliers=[1], attention=0)
-    s = cub.Settings(data=str(released_birds), out=str(tmp_path), text="small", steps=2, prior_steps=2, batch_size=2, measured=1, **small)
+    real = dict(data=str(released_birds), text="small", attention=0)
+    s = tiny(cub.Settings, out=str(tmp_path), steps=2, prior_steps=2, batch_size=2, measured=1, **real)
     cub.run(s)
     assert "coherence" not in json.loads((tmp_path / "results.json").read_text())
 
@@ -1659,8 +1658,7 @@ def test_readme_examples(tmp_path, monkeypatch, few_evaluations):
     monkeypatch.setattr(celeba, "FACES", {"train": 40, "test": 12})
     celeba.run(tiny(out=str(tmp_path / "runs" / "drawn"), steps=2, prior_steps=2, batch_size=4))
     monkeypatch.setattr(cub, "BIRDS", {"train": 40, "test": 8})
-    small = dict(device="cpu", size=16, latent_dim=16, channels=8, encoder_channels=8, measured=4)
-    cub.run(cub.Settings(out=str(tmp_path / "runs" / "birds"), steps=2, prior_steps=2, batch_size=4, **small))
+    cub.run(tiny(cub.Settings, out=str(tmp_path / "runs" / "birds"), steps=2, prior_steps=2, batch_size=4, measured=4))
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 2

@@ -181,7 +181,8 @@ def read_table(path, pair, header=0, keys=()):
     table = {}
     for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
         try:
-            table |= [pair(*line.split())] if number > header and line.strip() else []
+            if number > header and line.strip():
+                table |= [pair(*line.split())]
         except (TypeError, ValueError, KeyError):  # words too many, too few, or others
             raise InputError(f"{path}, line {number} ({line[:40]}) is not as released: get it anew")
     if missing := set(keys) - table.keys():
@@ -370,12 +371,14 @@ def nats(model, test):
 
 
 def draw(path, model, faces, prior=None):
-    """Rows: real faces, generated given each condition and, with the prior, given nothing."""
+    """Rows: real faces, generated given each condition and, with the prior, given nothing; returns
+    how many were generated."""
     z = {label: infer(model, faces, given) for label, given in CONDITIONS.items()}
     z |= unconditional(prior, len(faces["image"])) if prior else {}
     rows = {"real": faces["image"], "real masks": 2 * faces["mask"] - 1}
     rows |= {k: model.decoders["image"].sample(z[k]) for k in tqdm(z, path.stem, leave=False)}
     save_grid(path, rows)
+    return len(z) * len(faces["image"])
 
 
 def show(tables):
@@ -399,8 +402,8 @@ def run(s):
         results["nats"] = nats(model, data["test"])
     show(results)
     started = time.monotonic()
-    draw(Path(s.out) / "samples.png", model, batch(data["test"], slice(10)), prior)
-    speed = 10 * (len(CONDITIONS) + 2) / (time.monotonic() - started)
+    made = draw(Path(s.out) / "samples.png", model, batch(data["test"], slice(10)), prior)
+    speed = made / (time.monotonic() - started)
     save_results(s, results | {"seconds": seconds, "images sampled per second": speed})
 
 

@@ -218,13 +218,13 @@ class TextDecoder(nn.Module):
         """Captions, (B, longest − 1) tokens: greedy, or nucleus sampling (Holtzman et al. 2020)."""
         c, cache, likeliest = self.gpt2.config, self.remember(z), hf.TopPLogitsWarper(top_p)
         token = torch.full((len(z), 1), c.bos_token_id, device=z.device)
-        tokens, ended = [token[:, :0]], torch.zeros_like(token, dtype=torch.bool)
-        while len(tokens) < self.longest and not ended.all():
+        tokens, ended = [], torch.zeros_like(token, dtype=torch.bool)
+        while len(tokens) < self.longest - 1 and not ended.all():
             logits = self.logits(token, z, cache)[:, -1] / temperature  # (B, V)
             token = likeliest(None, logits).softmax(-1).multinomial(1)
             tokens.append(token := token.masked_fill(ended, c.pad_token_id))
             ended |= token == c.eos_token_id
-        rest = self.longest - len(tokens)
+        rest = self.longest - 1 - len(tokens)
         return F.pad(torch.cat(tokens, dim=1), (0, rest), value=c.pad_token_id)
 
 
@@ -331,7 +331,7 @@ def text_networks(s, tokenizers):
 def build(s, tokenizers):
     """The untrained model and latent prior for settings s (§4.1); the prior's UNet is 1-D."""
     if s.latent_dim % 2 or not 2 <= s.tokens <= 512:
-        raise InputError(f"--latent-dim {s.latent_dim}, --tokens {s.tokens}: even, 2 to 512")
+        raise InputError(f"--latent-dim {s.latent_dim} must be even, --tokens {s.tokens} 2 to 512")
     pairs = zip(image_networks(s), text_networks(s, tokenizers))
     networks = ({"image": image, "caption": caption} for image, caption in pairs)
     model = DiffMVAE(*networks, s.family, s.beta, {"caption": s.weight})
@@ -399,14 +399,14 @@ def table2(clip, pairs, device):
         image = clip.get_image_features(((pixels + 1) / 2 - mean) / std).pooler_output
         return image, clip.get_text_features(**x).pooler_output
 
-    real, table = None, {}
+    found = {}
     for label, (pictures, captions) in pairs.items():
         tokens = words(captions, padding=True, truncation=True, return_tensors="pt").to(device)
-        image, text = in_batches(features, {"image": pictures, **tokens}, "CLIP")
-        real = image if real is None else real  # the first row
-        table[label] = {"CLIP score": 100 * F.cosine_similarity(image, text).mean().item(),
-                        "Fréchet, CLIP": frechet_distance(image, real)}
-    return table
+        found[label] = in_batches(features, {"image": pictures, **tokens}, "CLIP")
+    real, _ = found["real"]
+    return {label: {"CLIP score": 100 * F.cosine_similarity(image, text).mean().item(),
+                    "Fréchet, CLIP": frechet_distance(image, real)}
+            for label, (image, text) in found.items()}
 
 
 def draw(path, model, x, prior=None, tokenizers=None):
@@ -439,7 +439,7 @@ def run(s):
     results = {"log p of the caption, z given": caption_nats(model, test)}
     if factors := birds["test"][2]:
         results["coherence"] = coherence(pairs, factors)
-    if s.clip:
+    if clip:
         results["CLIP"] = table2(clip, pairs, s.device)
     show(results)
     sheet(Path(s.out) / "samples.png", model, {name: x[:8] for name, x in test.items()}, prior)
