@@ -547,7 +547,7 @@ class DiffMVAE(nn.Module):
         if A is not None and not (A.any() or self.prior_expert):
             raise ValueError("A is empty: only the prior expert allows a subset of nothing")
         family = self.subsets if A is None else A[None].to(self.subsets)  # (S, M)
-        mu, logvar = self.experts(x)  # (B, M, D)
+        mu, logvar = self.experts({name: x[name] for name in self.encoders})  # (B, M, D)
         mu, logvar = self.fuse(mu[:, None], logvar[:, None], family)  # (B, S, D)
         kl = kl_divergence(mu, logvar).mean(1)  # (B,)  Σ_A ω_A KL(q(z|x_A) ‖ p(z))
         z = sample_gaussian(mu, logvar)  # (B, S, D)
@@ -619,13 +619,14 @@ class Options:
 
     data: str = option("", "folder of the real data; without it data are drawn")
     out: str = option("runs", "folder for checkpoints, numbers and pictures")
+    export: str = option("", "folder for PNGs of real and generated pictures, as for FID")
     steps: int = option(1000, "training steps of Diff-MVAE")
     prior_steps: int = option(1000, "training steps of the latent prior")
     batch_size: int = option(16, "examples in a step")
     ema: float = option(0.995, "decay of the averaged weights", real=0.9999)
     seed: int = option(0, "seed of all randomness")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
-    free = {"out", "device"}  # what does not touch the weights
+    free = {"out", "export", "device"}  # what does not touch the weights
 
     def __post_init__(self):
         for f in fields(self):
@@ -643,7 +644,7 @@ class Options:
         for f in fields(cls):
             drawn, real = f.metadata["drawn"], f.metadata["real"]
             default = f"{drawn}" if drawn == real else f"{drawn} drawn, {real} real"
-            note = "" if drawn in (None, "") else f" (default: {default})"
+            note = "" if drawn in (None, "", []) else f" (default: {default})"
             flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"] + note
             parser.add_argument(flag, type=f.type, help=help, **f.metadata["flag"])
         return cls(**vars(parser.parse_args()))
@@ -687,20 +688,19 @@ def restore(path, settings, parts):
 
 
 def prepare(options):
-    """options, if nothing will fail later: the device, the folder, the checkpoints in it."""
-    out = Path(options.out)
+    """Refuse at once what would fail late: the device, the folders, the checkpoints in them."""
     try:
         torch.empty(0, device=options.device)
-        out.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=out).close()
+        for folder in filter(None, (options.out, options.export)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError, AssertionError) as problem:
-        flag = f"--out {out}" if isinstance(problem, OSError) else f"--device {options.device}"
+        flag = f"--out {folder}" if isinstance(problem, OSError) else f"--device {options.device}"
         why = str(problem).splitlines()[0]
         raise InputError(f"{flag} cannot be used ({why}): give another") from problem
     for stage in STAGES:
-        if (path := out / f"{stage}.pt").exists():
+        if (path := Path(options.out) / f"{stage}.pt").exists():
             restore(path, options.shared(stage), {})
-    return options
 
 
 def readings(named, step):
@@ -791,29 +791,31 @@ def frechet_distance(a, b):
     return (means + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
+def to_bytes(pictures):
+    """(n, 1 or 3, H, W) in [−1, 1] -> (n, H, W, 3) uint8, for PIL."""
+    levels = (pictures.float().cpu() * 127.5 + 127.5).round().clamp(0, 255).byte()
+    return levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+
+
 def save_grid(path, rows, captions=None, side=64):
-    """A PNG of rows, {label: (n, 1 or 3, H, W) in [−1, 1]}, enlarged to this side or more, and of
+    """A PNG of rows, {label: (n, 1 or 3, H, H) in [−1, 1]}, enlarged to this side or more, and of
     captions, {label: n strings}, under the pictures."""
-    font, small, strips = ImageFont.load_default(14), ImageFont.load_default(10), {}
-    margin, captions = 12 + max(int(font.getlength(label)) for label in rows), captions or {}
-    scale = max(1, side // next(iter(rows.values())).shape[-1])
-    for label, pictures in rows.items():
-        pixels = (pictures.float().cpu() * 127.5 + 127.5).round().clamp(0, 255)
-        pixels = pixels.expand(-1, 3, -1, -1).repeat_interleave(scale, 2)
-        below = 72 if label in captions else 2
-        pixels = F.pad(pixels.repeat_interleave(scale, 3), (0, 2, 0, below), value=255)
-        strips[label] = pixels.permute(2, 0, 3, 1).flatten(1, 2).byte().numpy()  # (H, n W, 3)
-    size = margin + max(s.shape[1] for s in strips.values()), sum(map(len, strips.values()))
+    font, small, captions = ImageFont.load_default(14), ImageFont.load_default(10), captions or {}
+    left, own = 12 + max(int(font.getlength(k)) for k in rows), next(iter(rows.values())).shape[-1]
+    side = own * max(1, side // own)
+    heights = {label: side + (72 if label in captions else 2) for label in rows}
+    size = left + (side + 2) * max(map(len, rows.values())), sum(heights.values())
     sheet, top = Image.new("RGB", size, "white"), 0
     draw = ImageDraw.Draw(sheet)
-    for label, strip in strips.items():
-        sheet.paste(Image.fromarray(strip), (margin, top))
-        height, width = scale * rows[label].shape[-2], strip.shape[1] // len(rows[label])
-        draw.text((6, top + height / 2), label, "black", font, anchor="lm")
-        for j, caption in enumerate(captions.get(label, [])):
-            text = textwrap.fill(caption, width // 6)
-            draw.multiline_text((margin + j * width, top + height), text, "black", small, spacing=1)
-        top += len(strip)
+    for label, pictures in rows.items():
+        draw.text((6, top + side / 2), label, "black", font, anchor="lm")
+        for j, picture in enumerate(map(Image.fromarray, to_bytes(pictures))):
+            place = left + (side + 2) * j, top
+            sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), place)
+            if label in captions:
+                text = textwrap.fill(captions[label][j], (side + 2) // 6)
+                draw.multiline_text((place[0], top + side), text, "black", small, spacing=1)
+        top += heights[label]
     sheet.save(path)
 
 
@@ -843,7 +845,7 @@ def main(run, options, description):
     """A script's entry: run on the command line's options; an InputError is a line, status 2."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     try:
-        run(prepare(options.parse(description)))
+        run(options.parse(description))
     except (InputError, FloatingPointError, KeyboardInterrupt) as problem:
         why = str(problem) or "stopped: run it again"
         print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from decimal import Decimal, getcontext
 from pathlib import Path
 
@@ -1005,11 +1006,6 @@ def test_f1_by_hand():
     assert dm.f1_score(predicted, actual) == pytest.approx((0.5 + 0 + 1 + 0) / 4)
 
 
-def test_best_constant_f1():
-    train = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0]])
-    assert celeba.best_constant_f1(train, train) == pytest.approx((1 + 2 / 3 + 1) / 3)
-
-
 @given(seeds)
 @settings(max_examples=5)
 def test_frechet_distance_of_two_gaussians(seed):
@@ -1184,6 +1180,31 @@ def test_settings_of_the_bound_and_of_the_surrogate():
     assert (surrogate.beta, surrogate.weight, surrogate.size) == (0.01, 10, 32)
     model, _ = celeba.build(tiny())
     assert model.beta == 0.01 and model.weights == {"attributes": 10}
+    supervised = celeba.Settings(decoder="none", weighting="likelihood")
+    assert (supervised.beta, supervised.weight, supervised.is_bound) == (0, 10, False)
+    assert celeba.Settings(decoder="none", beta=0.5).beta == 0.5
+
+
+@pytest.mark.parametrize("options, name", [
+    ({}, "Diff-MVAE*"), ({"weighting": "simple"}, "Diff-MVAE*"), ({"weighting": "likelihood"}, "Diff-MVAE"),
+    ({"decoder": "feedforward"}, "MoPoE*"), ({"family": "mvae"}, "Diff-MVAE*, mvae"), ({"decoder": "none"}, "Supervised"),
+])  # fmt: skip
+def test_methods_have_the_names_of_the_paper(options, name):
+    assert celeba.Settings(**options).method == name
+
+
+def test_supervised_is_the_likelihood_of_mask_and_attributes_given_the_image():
+    torch.manual_seed(0)
+    model, prior = celeba.build(tiny(decoder="none"))
+    assert prior is None and set(model.encoders) == {"image"} and set(model.decoders) == {"mask", "attributes"}
+    x = tiny_batch()
+    model.encoders["image"][-1].bias.data[16:] = -60  # q(z|image) is its mean
+    nudge(model.decoders)
+    elbo, (z, _) = model.elbo(x), model.posterior({"image": x["image"]})
+    expected = {k: model.decoders[k].likelihood(model.decoders[k].net(z)).log_prob(x[k]).flatten(1).sum(1) for k in model.decoders}
+    torch.testing.assert_close(elbo.total, expected["mask"] + 10 * expected["attributes"])
+    torch.testing.assert_close(elbo.log_prob, expected)
+    assert elbo.kl.min() > 100
 
 
 def test_table3_never_sees_what_it_predicts():
@@ -1196,7 +1217,7 @@ def test_table3_never_sees_what_it_predicts():
         class Zeros:
             sample = staticmethod(lambda z: torch.zeros(len(z), 1, 2, 2))
 
-        decoders = {"attributes": Ones, "mask": Zeros}
+        encoders, decoders = ["image", "mask", "attributes"], {"attributes": Ones, "mask": Zeros}
 
         @staticmethod
         def posterior(x):
@@ -1206,9 +1227,23 @@ def test_table3_never_sees_what_it_predicts():
     test = {"image": torch.zeros(3, 3, 2, 2), "mask": torch.ones(3, 1, 2, 2), "attributes": torch.eye(3, 4)}
     scores = celeba.table3(Model, test, {name: x.byte() for name, x in test.items()})
     assert given == [{"image", "mask"}, {"image"}, {"image", "attributes"}, {"image"}]
-    for label in ("both others", "the image"):
-        assert scores[label] == {"attributes": pytest.approx(2 / 5), "mask": 0}
-    assert scores["nothing"] == {"attributes": pytest.approx(1 / 2), "mask": 1}
+    assert scores["attributes"] == {"both others": pytest.approx(2 / 5), "the image": pytest.approx(2 / 5), "nothing": pytest.approx(1 / 2)}
+    assert scores["mask"] == {"both others": 0, "the image": 0, "nothing": 1}
+    given.clear()
+    Model.encoders = ["image"]  # Supervised
+    scores = celeba.table3(Model, test, {name: x.byte() for name, x in test.items()})
+    assert given == [{"image"}, {"image"}] and set(scores["mask"]) == {"the image", "nothing"}
+
+
+def test_the_best_constant_is_learned_from_the_training_set():
+    class Model:
+        encoders, decoders = [], {}
+
+    train = {"attributes": torch.tensor([[1, 0, 1], [1, 0, 0], [1, 1, 0]]), "mask": torch.ones(3, 1, 1, 1)}
+    test = {"image": torch.zeros(2, 3, 1, 1), "attributes": torch.tensor([[1, 1, 1], [1, 0, 0]]), "mask": torch.zeros(2, 1, 1, 1)}
+    scores = celeba.table3(Model, train, {name: x.byte() for name, x in test.items()})
+    all_three, first = (1 + 2 / 4) / 2, (2 / 4 + 1) / 2  # the means are 1, 1/3, 1/3
+    assert scores == {"attributes": {"nothing": pytest.approx(max(all_three, first))}, "mask": {"nothing": 0}}
 
 
 def test_best_known_nats():
@@ -1228,6 +1263,133 @@ def test_best_known_nats():
     assert nats["ELBO"] == pytest.approx(expected, rel=1e-5) and nats["KL"] == pytest.approx(0, abs=1e-6)
     levels = -expected / 12 / math.log(2) + math.log2(127.5)
     assert nats["image, bits per dimension"] == pytest.approx(levels, rel=1e-5)
+
+
+class Sum:
+    """A model whose z is the sum of what is given; what its decoders make of z tells them apart."""
+
+    class Decoder:
+        def __init__(self, shift):
+            self.shift = shift
+
+        def sample(self, z):
+            return z[:, :1, None, None] + self.shift
+
+    decoders = {"image": Decoder(0), "mask": Decoder(0.1), "attributes": Decoder(0.2)}
+
+    @staticmethod
+    def posterior(x):
+        mu = sum(v.flatten(1)[:, :1] for v in x.values())
+        return mu, torch.full_like(mu, -torch.inf)
+
+
+def test_what_is_drawn_from_what_and_should_show_what(tmp_path):
+    x = {name: torch.tensor([1.0, 2, 3])[:, None, None, None] * scale
+         for name, scale in (("image", 1), ("mask", 10), ("attributes", 100))}  # fmt: skip
+
+    class Prior:
+        sample = staticmethod(lambda n: 1000.0 + torch.arange(n)[:, None])
+
+    made = celeba.draw(tmp_path / "grid.png", Sum, x, Prior)
+    assert list(made) == ["real", "image", "mask + attributes", "mask", "attributes", "latent prior", "N(0, I)"]
+    assert made["real"] == (x["image"], x) and Image.open(tmp_path / "grid.png").size[1] == 8 * 66
+    assert list(celeba.draw(tmp_path / "grid.png", Sum, x)) == list(made)[:5]
+    for label, scale in (("image", 1), ("mask + attributes", 110), ("mask", 10), ("attributes", 100)):
+        picture, shown = made[label]
+        torch.testing.assert_close(picture, scale * x["image"])
+        for name, shift in (("mask", 0.1), ("attributes", 0.2)):
+            torch.testing.assert_close(shown[name], x[name] if name in label else picture + shift)
+    assert made["latent prior"][0].flatten().tolist() == [1000, 1001, 1002]
+    assert made["N(0, I)"][0].abs().max() < 10
+    for label in ("latent prior", "N(0, I)"):
+        for name, shift in (("mask", 0.1), ("attributes", 0.2)):
+            torch.testing.assert_close(made[label][1][name], made[label][0] + shift)
+
+
+def test_judged_by_hand():
+    class Judge:
+        """Sees two features, the first pixels; a mask or attributes where they are positive."""
+
+        posterior = staticmethod(lambda o: (o["image"].flatten(1)[:, :2], torch.full((len(o["image"]), 2), 99.0)))
+        decoders = {"mask": Sum.Decoder(0.0), "attributes": Sum.Decoder(-1e9)}
+
+    torch.manual_seed(0)
+    real = torch.randn(300, 3, 4, 4)
+    shift = torch.zeros(3, 4, 4)
+    shift[0, 0, 0] = 3.0
+    positive = (real[:, :1, :1, :1] > 0.5).float()
+    shown = {"mask": positive, "attributes": positive}
+    made = {"same": (real, shown), "moved": (real + shift, shown), "halved": (0.5 * real, shown),
+            "few": (real[:7], {k: v[:7] for k, v in shown.items()})}  # fmt: skip
+    table = celeba.judged(Judge, made, real)
+    assert table["Fréchet distance"]["same"] == pytest.approx(0, abs=1e-4)
+    assert table["Fréchet distance"]["moved"] == pytest.approx(9, abs=1e-4)
+    assert table["Fréchet distance"]["halved"] == pytest.approx(
+        (0.25 * real.flatten(1)[:, :2].mean(0).square().sum() + 0.25 * real.flatten(1)[:, :2].var(0).sum()).item(), rel=0.01
+    )
+    assert table["sharpness"]["same"] == pytest.approx(1) and table["sharpness"]["halved"] == pytest.approx(0.25)
+    assert table["coherence, mask F1"]["same"] == pytest.approx(positive.mean().item())  # 0 where both are empty
+    assert set(table["coherence, attributes F1"].values()) == {0.0}
+    only_rows = torch.zeros(5, 3, 4, 4)
+    only_rows[..., 1::2, :] = 1.0  # differs from row to row, not from column to column
+    by_rows = celeba.judged(Judge, {"rows": (only_rows, {k: v[:5] for k, v in shown.items()})}, real)
+    expected = 1 / (real.diff(dim=2).square().mean() + real.diff(dim=3).square().mean()).item()
+    assert by_rows["sharpness"]["rows"] == pytest.approx(expected)
+
+
+def test_export_writes_what_is_measured(tmp_path):
+    pictures = torch.rand(3, 3, 8, 8) * 2.4 - 1.2
+    celeba.export(tmp_path, {"N(0, I)": (pictures, None), "mask + attributes": (pictures.flip(0), None)})
+    for k in range(3):
+        first = np.asarray(Image.open(tmp_path / "N-0-I" / f"{k:05d}.png"))
+        assert np.array_equal(first, np.asarray(Image.open(tmp_path / "mask-attributes" / f"{2 - k:05d}.png")))
+        expected = ((pictures[k].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+        assert first.shape == (8, 8, 3) and np.abs(first - expected).max() <= 0.51
+
+
+def test_report_is_mean_and_deviation_over_seeds(tmp_path, capsys):
+    def finished(name, value, **options):
+        s = tiny(out=str(tmp_path / name), **options)
+        (tmp_path / name).mkdir()
+        tables = {"F1, given": {"mask": {"the image": value, "nothing": 0.5}}}
+        (tmp_path / name / "results.json").write_text(json.dumps({"settings": asdict(s), "tables": tables}))
+        return str(tmp_path / name)
+
+    runs = [finished(f"star{seed}", value, seed=seed) for seed, value in enumerate((0.25, 0.5, 0.75))]
+    runs.append(finished("mopoe", 0.125, decoder="feedforward", measured=7, judge="other"))
+    celeba.run(celeba.Settings(report=runs, device="cpu"))
+    assert capsys.readouterr().out == (
+        "\n| mask: F1, given | the image | nothing |\n|---|---|---|\n"
+        "| Diff-MVAE* | 0.500 ± 0.250 | 0.500 ± 0.000 |\n| MoPoE* | 0.125 | 0.500 |\n"
+    )
+    with pytest.raises(dm.InputError, match="differ in more than the seed"):
+        celeba.report(celeba.Settings, [*runs, finished("longer", 0.5, steps=9)])
+    for wrong, text in (("nowhere", None), ("broken", "{"), ("old", '{"settings": {"size": 16}}'), ("other", "{}")):
+        if text:
+            (tmp_path / wrong).mkdir()
+            (tmp_path / wrong / "results.json").write_text(text)
+        with pytest.raises(dm.InputError, match=rf"{wrong}/results.json is missing or"):
+            celeba.report(celeba.Settings, [*runs, str(tmp_path / wrong)])
+
+
+def test_only_a_finished_supervised_run_on_such_pictures_judges(tmp_path, monkeypatch):
+    monkeypatch.setattr(celeba, "FACES", {"train": 40, "test": 12})
+    runs = dict(sup=dict(decoder="none"), star={}, half=dict(decoder="none"))
+    for name, options in runs.items():
+        s = tiny(out=str(tmp_path / name), steps=1, prior_steps=1, batch_size=4, **options)
+        data = {k: x.to("cpu") for k, x in celeba.draw_faces(16)["train"].items()}
+        celeba.train(s, data, celeba.build(s), celeba.batch, lambda *_: None)
+    half = dm.read_checkpoint(tmp_path / "half" / "model.pt")
+    dm.save_checkpoint(tmp_path / "half" / "model.pt", half | {"settings": half["settings"] | {"steps": 2}})
+    judge = celeba.load_judge(tiny(judge=str(tmp_path / "sup")))
+    assert set(judge.decoders) == {"mask", "attributes"} and not any(p.requires_grad for p in judge.parameters())
+    refused = [(tiny(judge=str(tmp_path / name)), "is no finished run of --decoder none") for name in ("star", "half")]
+    refused.append((celeba.Settings(size=32, device="cpu", judge=str(tmp_path / "sup")), "is no finished run"))
+    refused.append((tiny(data="real", judge=str(tmp_path / "sup")), "is no finished run"))
+    refused.append((tiny(judge=str(tmp_path / "nowhere")), "cannot be read: missing"))
+    for s, message in refused:
+        with pytest.raises(dm.InputError, match=message):
+            celeba.load_judge(s)
 
 
 # ---- Captions: the text VAE -------------------------------------------------------------------------
@@ -1599,15 +1761,36 @@ def test_celeba_end_to_end(tmp_path, monkeypatch, capsys, few_evaluations, optio
     assert shown.startswith("These faces are drawn; --data CelebAMask-HQ")
     assert ("ELBO" in shown) == s.is_bound
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert set(results["F1, given"]["nothing"]) == {"attributes", "mask"} and results["settings"]["size"] == 16
+    assert set(results["tables"]["F1, given"]) == {"attributes", "mask"} and results["settings"]["size"] == 16
+    assert results["images sampled per second"] > 0
     assert results["images trained per second"] > 0 and results["peak memory, GiB"] > 0
     rows = Image.open(tmp_path / "run" / "samples.png").size[1] // 66
-    assert rows == 9
+    assert rows == 8
     first = (tmp_path / "run" / "samples.png").read_bytes()
     celeba.run(s)  # all is trained: measures and draws, the same
     assert (tmp_path / "run" / "samples.png").read_bytes() == first
     model, prior = celeba.load(tmp_path / "run")
     assert model.decode(prior.sample(2))["image"].shape == (2, 3, 16, 16)
+
+
+def test_supervised_judges_and_pictures_are_exported(tmp_path, monkeypatch, capsys, few_evaluations):
+    monkeypatch.setattr(celeba, "FACES", {"train": 40, "test": 12})
+    monkeypatch.chdir(tmp_path)
+    short = dict(steps=3, prior_steps=2, batch_size=4, measured=5)
+    celeba.run(tiny(out="supervised", decoder="none", **short))
+    assert not (tmp_path / "supervised" / "prior.pt").exists()
+    celeba.run(tiny(out="run", judge="supervised", export="png", **short))
+    tables = json.loads((tmp_path / "run" / "results.json").read_text())["tables"]
+    labels = {"real", "image", "mask + attributes", "mask", "attributes", "latent prior", "N(0, I)"}
+    measures = {"Fréchet distance", "sharpness", "coherence, mask F1", "coherence, attributes F1"}
+    assert set(tables["pictures, given"]) == measures
+    assert all(set(row) == labels for row in tables["pictures, given"].values())
+    for label in ("real", "image", "mask-attributes", "mask", "attributes", "latent-prior", "N-0-I"):
+        assert len(list((tmp_path / "png" / label).glob("*.png"))) == 5
+    capsys.readouterr()
+    celeba.run(celeba.Settings(report=["supervised", "run"], device="cpu"))
+    shown = capsys.readouterr().out
+    assert shown.count("| Supervised |") == 2 and shown.count("| Diff-MVAE* |") == 6
 
 
 @pytest.mark.parametrize("options", [{}, {"decoder": "feedforward", "family": "mvae"}])
@@ -1617,18 +1800,21 @@ def test_cub_end_to_end(tmp_path, monkeypatch, capsys, few_evaluations, options)
     cub.run(s)
     assert capsys.readouterr().out.startswith("These birds are drawn; --data cub")
     results = json.loads((tmp_path / "results.json").read_text())
-    table = results["coherence"]
+    table = results["tables"]["coherence"]
     assert table["real"]["all factors"] == 1 and table["real"]["grammatical"] == 1
     for measure in ("colours", "all factors"):
         assert table["real, shuffled"][measure] < 0.5 < table["real"][measure]
     assert set(table) == {
         "real", "real, shuffled", "caption from image", "image from caption",
-        "unconditional, latent prior", "unconditional, N(0, I)",
+        "latent prior", "N(0, I)",
     }  # fmt: skip
-    assert set(results["log p of the caption, z given"]) == {"both", "the caption", "the image", "another bird's image"}
+    assert set(results["tables"]["log p of the caption, z given"]) == {"both", "the caption", "the image", "another bird's image"}
     first = (tmp_path / "samples.png").read_bytes()
     cub.run(s)  # all is trained: measures and draws, the same
     assert (tmp_path / "samples.png").read_bytes() == first
+    capsys.readouterr()
+    cub.run(cub.Settings(report=[str(tmp_path)], device="cpu"))
+    assert f"| {s.method} | {table['caption from image']['colours']:.3f} |" in capsys.readouterr().out
     model, prior, tokenizers = cub.load(tmp_path)
     made = model.decode(prior.sample(2))
     assert made["image"].shape == (2, 3, 16, 16) and len(cub.spell(tokenizers, made["caption"])) == 2
@@ -1638,7 +1824,7 @@ def test_real_birds_end_to_end(tmp_path, released_birds, monkeypatch, few_evalua
     real = dict(data=str(released_birds), text="small", attention=0)
     s = tiny(cub.Settings, out=str(tmp_path), steps=2, prior_steps=2, batch_size=2, measured=1, **real)
     cub.run(s)
-    assert "coherence" not in json.loads((tmp_path / "results.json").read_text())
+    assert "coherence" not in json.loads((tmp_path / "results.json").read_text())["tables"]
 
 
 def test_command_line(tmp_path):

@@ -7,7 +7,9 @@ Trains Diff-MVAE (§3.2), then the latent prior (§3.4), measures (Table 3), dra
 The same command run again goes on where it stopped.
 """
 
+import json
 import math
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,9 +22,9 @@ from tqdm import tqdm
 
 from diffmvae import (
     STAGES, CalibratedGaussian, ConvDecoder, ConvEncoder, DiffMVAE, Diffusion, Encoder, FeedForward,
-    InputError, LatentPrior, Options, UNet, bernoulli, f1_score,
-    fit, in_batches, main, mlp, option, read_checkpoint, sample_gaussian, save_checkpoint,
-    save_grid, save_results,
+    InputError, LatentPrior, Options, UNet, bernoulli, f1_score, fit, frechet_distance, in_batches,
+    main, mlp, option, prepare, read_checkpoint, sample_gaussian, save_checkpoint, save_grid,
+    save_results, to_bytes,
 )
 
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
@@ -45,7 +47,8 @@ class Settings(Options):
     weighting: str = option("velocity", "likelihood: Diff-MVAE, a bound; the others: Diff-MVAE*",
                             "simple", choices=tuple(Diffusion.samplers))
     family: str = option("mopoe", "which subsets are drawn", choices=("mopoe", "mvae", "mmvae"))
-    decoder: str = option("diffusion", "or baseline MoPoE*", choices=("diffusion", "feedforward"))
+    decoder: str = option("diffusion", "of images; feedforward: baseline MoPoE*; none: Supervised",
+                          choices=("diffusion", "feedforward", "none"))
     beta: float = option(None, "weight of the KL (default: 1 for a bound, or 0.01)")
     weight: float = option(None, "weight of log p(attributes|z) (default: 1 for a bound, or 10)")
     latent_dim: int = option(64, "dimensions of z, an even number squared", 256)
@@ -57,11 +60,20 @@ class Settings(Options):
     encoder_channels: int = option(16, "channels of the encoders at half size", 64)
     rate: float = option(1e-3, "learning rate of the image decoder and the latent prior", 1e-4)
     vae_rate: float = option(1e-3, "learning rate of the encoders and other decoders", 2e-4)
+    measured: int = option(128, "pictures generated of each kind for the tables", 6000)
+    judge: str = option("", "folder of a Supervised run, by which generated pictures are measured")
+    report: str = option([], "folders of finished runs: print their tables and stop", nargs="+")
     surrogate = dict(beta=0.01, weight=10.0)  # defaults where the loss is no bound: there all is 1
+    free = Options.free | {"measured", "judge", "report"}
 
     def __post_init__(self):
         super().__post_init__()
-        self.is_bound = self.decoder == "feedforward" or self.weighting == "likelihood"  # in nats
+        diffusion = "Diff-MVAE" if self.weighting == "likelihood" else "Diff-MVAE*"
+        kind = dict(diffusion=diffusion, feedforward="MoPoE*", none="Supervised")[self.decoder]
+        self.method = kind if self.family == "mopoe" else f"{kind}, {self.family}"
+        self.is_bound = kind in ("Diff-MVAE", "MoPoE*")  # in nats
+        if kind == "Supervised" and self.beta is None:
+            self.beta = 0.0
         for name, value in self.surrogate.items():
             if getattr(self, name) is None:
                 setattr(self, name, 1.0 if self.is_bound else value)
@@ -265,10 +277,12 @@ def image_networks(s):
     D, size, least = s.latent_dim, s.size, math.lcm(8, s.patch << len(s.multipliers) - 1)
     if size % least or size & size - 1:
         raise InputError(f"--size {size} --patch {s.patch}: give a power of 2 that {least} divides")
-    for flag, factor in (("channels", 8), ("encoder_channels", 2)):
-        if (number := getattr(s, flag)) % factor:
-            raise InputError(f"--{flag.replace('_', '-')} {number}: give a multiple of {factor}")
-    if s.decoder == "feedforward":
+    if s.channels % 8 or s.encoder_channels % 2:
+        raise InputError(f"--channels {s.channels} --encoder-channels {s.encoder_channels}: "
+                         "give a multiple of 8 and an even number")
+    if s.decoder == "none":
+        decoder = None
+    elif s.decoder == "feedforward":
         decoder = FeedForward(ConvDecoder(3, size, D, s.widths), CalibratedGaussian())
     else:
         attention = [k for k in range(len(s.multipliers)) if size // s.patch >> k == s.attention]
@@ -279,7 +293,7 @@ def image_networks(s):
 
 
 def build(s):
-    """The untrained model and latent prior for settings s (§4.2)."""
+    """The untrained model and latent prior for settings s (§4.2); Supervised has no prior."""
     D, n, side = s.latent_dim, len(ATTRIBUTES), math.isqrt(s.latent_dim)
     if side**2 != D or side % 2:
         raise InputError(f"--latent-dim {D}: give an even number squared, as 64 or 256")
@@ -289,42 +303,56 @@ def build(s):
                 "attributes": Encoder(mlp(n, 256, 256, 2 * D))}
     decoders = {"image": decoder, "mask": FeedForward(ConvDecoder(1, s.size, D, narrow), bernoulli),
                 "attributes": FeedForward(mlp(D, 256, 256, n), bernoulli)}
+    if s.decoder == "none":
+        encoders, decoders = {"image": encoder}, {k: decoders[k] for k in OTHERS}
     model = DiffMVAE(encoders, decoders, s.family, s.beta, {"attributes": s.weight})
-    return model, LatentPrior(UNet(2, 1, side, s.channels, (1, 2)), (1, side, side))
+    prior = LatentPrior(UNet(2, 1, side, s.channels, (1, 2)), (1, side, side))
+    return model, prior if decoder else None
 
 
 def train(s, data, pair, batch, draw):
     """Diff-MVAE (§3.2), then the latent prior (§3.4): both, averaged, and their seconds."""
-    model, prior = (part.to(s.device, memory_format=torch.channels_last) for part in pair)
+    model, prior = (part and part.to(s.device, memory_format=torch.channels_last) for part in pair)
     rate = lambda part: s.rate if isinstance(part, Diffusion) else s.vae_rate
     rates = [(part, rate(part)) for part in [model.encoders, *model.decoders.values()]]
     objective = "ELBO" if s.is_bound and s.beta == s.weight == 1 else "surrogate"
     terms = lambda i: model.elbo(batch(data, i)).terms(objective)
     preview = lambda averaged: draw(Path(s.out) / "preview.png", averaged, batch(data, slice(6)))
-    model, seconds = fit(model, terms, len(data["image"]), "model", s, rates, preview)
+    n = len(data["image"])
+    model, seconds = fit(model, terms, n, "model", s, rates, preview if prior else None)
+    if not prior:
+        return model, None, {"model": seconds}
     torch.manual_seed(s.seed)
     mu, logvar = in_batches(lambda x: model.posterior(batch(x)), data, "encoding")  # (N, D)
     prior.standardise(mu, logvar)
     terms = lambda i: {"surrogate": prior.log_prob(sample_gaussian(mu[i], logvar[i]))}
-    prior, prior_seconds = fit(prior, terms, len(mu), "prior", s, [(prior, s.rate)])
+    prior, prior_seconds = fit(prior, terms, n, "prior", s, [(prior, s.rate)])
     return model, prior, {"model": seconds, "prior": prior_seconds}
 
 
 def load(out, device="cpu", settings=Settings, build=build):
     """(model, prior) that a finished run left in the folder out, ready to use."""
-    saved = [read_checkpoint(Path(out) / f"{stage}.pt") for stage in STAGES]
-    pair = build(settings(**saved[0]["settings"], device=device))
-    for part, state in zip(pair, saved):
-        part.load_state_dict(state["averaged"])
-        part.to(device).eval().requires_grad_(False)
+    pair = build(settings(**read_checkpoint(Path(out) / "model.pt")["settings"], device=device))
+    for stage, part in zip(STAGES, pair):
+        if part:
+            part.load_state_dict(read_checkpoint(Path(out) / f"{stage}.pt")["averaged"])
+            part.to(device).eval().requires_grad_(False)
     return pair
+
+
+def load_judge(s):
+    """The Supervised model in the folder s.judge, which must know pictures such as those of s."""
+    saved = read_checkpoint(Path(s.judge) / "model.pt")
+    was, now = saved["settings"], s.shared("model") | {"decoder": "none"}
+    if saved["step"] < was["steps"] or any(was[k] != now[k] for k in ("decoder", "data", "size")):
+        raise InputError(f"--judge {s.judge} is no finished run of --decoder none on such pictures")
+    return load(s.judge, s.device)[0]
 
 
 # ---- Measuring (Table 3), drawing (Figures 5 and 6), and the run --------------------------------
 
-CONDITIONS = {"from all": ("image", "mask", "attributes"), "from the image": ("image",),
-              "from mask + attributes": ("mask", "attributes"), "from the mask": ("mask",),
-              "from the attributes": ("attributes",)}
+OTHERS = ("mask", "attributes")  # than the image
+GIVEN = [("image",), OTHERS, ("mask",), ("attributes",)]
 
 
 def infer(model, x, given):
@@ -341,24 +369,42 @@ def sample(decoder, z):
 def unconditional(prior, n):
     """n rows of z from nothing (§3.4), with the latent prior and without it: {label: (n, D)}."""
     z = in_batches(lambda b: [prior.sample(len(b["z"]))], {"z": torch.empty(n)}, "sampling z")[0]
-    return {"unconditional, latent prior": z, "unconditional, N(0, I)": torch.randn_like(z)}
-
-
-def best_constant_f1(train, test):
-    """F1 on test of the best prediction that ignores the input: a thresholded mean over train."""
-    mean, thresholds = train.float().mean(0), torch.linspace(0.05, 0.95, 19)
-    return max(f1_score((mean >= p).expand(test.shape), test) for p in thresholds)
+    return {"latent prior": z, "N(0, I)": torch.randn_like(z)}
 
 
 def table3(model, train, test):
-    """Table 3's F1, {given: {modality: score}}, beside the best that ignores the input."""
-    scores, x = {"both others": {}, "the image": {}, "nothing": {}}, batch(test)
+    """Table 3's F1, {modality: {given: score}}, beside the best that ignores its input: a
+    thresholded mean over the training set."""
+    scores, x = {}, batch(test)
     for target, other in (("attributes", "mask"), ("mask", "attributes")):
+        row, mean = scores.setdefault(target, {}), train[target].float().mean(0)
         for label, given in (("both others", ["image", other]), ("the image", ["image"])):
-            predicted = sample(model.decoders[target], infer(model, x, given))
-            scores[label][target] = f1_score(predicted, test[target])
-        scores["nothing"][target] = best_constant_f1(train[target], test[target])
+            if set(given) <= set(model.encoders):
+                predicted = sample(model.decoders[target], infer(model, x, given))
+                row[label] = f1_score(predicted, test[target])
+        constants = ((mean >= p).expand(test[target].shape) for p in torch.linspace(0.05, 0.95, 19))
+        row["nothing"] = max(f1_score(constant, test[target]) for constant in constants)
     return scores
+
+
+def judged(judge, made, real):
+    """What Supervised says of the pictures that draw made, {measure: {given: value}}.
+
+    Fréchet distance: to real pictures (N, ...), of its features, the means of q(z|image).
+    Sharpness, to which these are nearly blind: the energy of the gradient over that of real ones.
+    Coherence: F1 of the mask and attributes it sees in a picture, against what that should show.
+    """
+    see = lambda x: in_batches(judge.posterior, {"image": x}, "judging")[0]  # (N, D)
+    energy = lambda x: sum(x.diff(dim=d).square().mean().item() for d in (2, 3))
+    features, table = see(real), {"Fréchet distance": {}, "sharpness": {}}
+    for given, (pictures, shown) in made.items():
+        seen = see(pictures)
+        table["Fréchet distance"][given] = frechet_distance(seen, features)
+        table["sharpness"][given] = energy(pictures) / energy(real)
+        for name in OTHERS:
+            f1 = f1_score(judge.decoders[name].sample(seen), shown[name])
+            table.setdefault(f"coherence, {name} F1", {})[given] = f1
+    return table
 
 
 def nats(model, test):
@@ -370,41 +416,88 @@ def nats(model, test):
     return {"test": named}
 
 
-def draw(path, model, faces, prior=None):
-    """Rows: real faces, generated given each condition and, with the prior, given nothing; returns
-    how many were generated."""
-    z = {label: infer(model, faces, given) for label, given in CONDITIONS.items()}
-    z |= unconditional(prior, len(faces["image"])) if prior else {}
-    rows = {"real": faces["image"], "real masks": 2 * faces["mask"] - 1}
-    rows |= {k: model.decoders["image"].sample(z[k]) for k in tqdm(z, path.stem, leave=False)}
-    save_grid(path, rows)
-    return len(z) * len(faces["image"])
+def draw(path, model, x, prior=None):
+    """A picture for each example of x from each of GIVEN (§3.3) and, with the prior, from nothing
+    (§3.4): {given: (pictures, what they should show)}, which is the mask and attributes given, or
+    else those decoded from the same z. The first ten of each stand in a PNG (Figures 5 and 6).
+    """
+    z = {" + ".join(given): (given, infer(model, x, given)) for given in GIVEN}
+    nothing = unconditional(prior, len(x["image"])) if prior else {}
+    z |= {label: ((), rows) for label, rows in nothing.items()}
+    made = {"real": (x["image"], x)}
+    for label, (given, rows) in tqdm(z.items(), path.stem, leave=False):
+        shown = {k: x[k] if k in given else sample(model.decoders[k], rows) for k in OTHERS}
+        made[label] = sample(model.decoders["image"], rows), shown
+    rows = {"real masks": 2 * x["mask"] - 1} | {label: row for label, (row, _) in made.items()}
+    save_grid(path, {label: row[:10] for label, row in rows.items()})
+    return made
+
+
+def export(folder, made):
+    """generate's pictures as folder/label/00000.png: for FID (Table 3) by another program."""
+    for label, (pictures, _) in made.items():
+        place = Path(folder) / re.sub(r"\W+", "-", label).strip("-")
+        place.mkdir(exist_ok=True)
+        for k, pixels in enumerate(tqdm(to_bytes(pictures), f"writing {place}", leave=False)):
+            Image.fromarray(pixels).save(place / f"{k:05d}.png")
 
 
 def show(tables):
-    """Print {title: {row: {column: number}}} in Markdown."""
+    """Print {title: {row: {column: number, or one of each seed}}} in Markdown."""
+    number = lambda v: f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if np.size(v) > 1 else "")
     for title, table in tables.items():
         columns = list(dict.fromkeys(column for row in table.values() for column in row))
         print(f"\n| {title} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
         for name, row in table.items():
-            cells = (f"{row[column]:.3f}" if column in row else "" for column in columns)
+            cells = (number(row[column]) if column in row else "" for column in columns)
             print(f"| {name} | {' | '.join(cells)} |")
 
 
+def report(settings, folders):
+    """{measure: {method: {given: one number for each seed}}} of finished runs."""
+    tables, kinds = {}, {}
+    for path in (Path(folder) / "results.json" for folder in folders):
+        try:
+            record = json.loads(path.read_text())
+            s, found = settings(**record["settings"]), record["tables"]
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise InputError(f"{path} is missing or of another program: finish the run") from problem
+        if kinds.setdefault(s.method, kind := s.shared("prior") | {"seed": None}) != kind:
+            raise InputError(f"{path} and the {s.method} before it differ in more than the seed")
+        for title, table in found.items():
+            for measure, row in table.items():
+                methods = tables.setdefault(f"{measure}: {title}", {})
+                for given, value in row.items():
+                    methods.setdefault(s.method, {}).setdefault(given, []).append(value)
+    return tables
+
+
 def run(s):
-    """Data, both stages of training, Table 3 on the screen, results.json, samples.png."""
+    """Data, both stages of training, the tables on the screen, results.json, samples.png."""
+    if s.report:
+        return show(report(Settings, s.report))
+    prepare(s)
+    judge = load_judge(s) if s.judge else None
     pair, data = build(s), read_faces(Path(s.data), s.size) if s.data else draw_faces(s.size)
     data = {split: {k: x.to(s.device) for k, x in part.items()} for split, part in data.items()}
     model, prior, seconds = train(s, data["train"], pair, batch, draw)
     torch.manual_seed(s.seed)
-    results = {"F1, given": table3(model, data["train"], data["test"])}
+    test, results = data["test"], {"seconds": seconds}
+    tables = results["tables"] = {"F1, given": table3(model, data["train"], test)}
     if s.is_bound:
-        results["nats"] = nats(model, data["test"])
-    show(results)
-    started = time.monotonic()
-    made = draw(Path(s.out) / "samples.png", model, batch(data["test"], slice(10)), prior)
-    speed = made / (time.monotonic() - started)
-    save_results(s, results | {"seconds": seconds, "images sampled per second": speed})
+        tables["nats"] = nats(model, test)
+    if prior:
+        x, started = batch(test), time.monotonic()
+        n = s.measured if judge or s.export else 10
+        made = draw(Path(s.out) / "samples.png", model, {k: v[:n] for k, v in x.items()}, prior)
+        speed = (len(made) - 1) * n / (time.monotonic() - started)
+        results["images sampled per second"] = speed
+        if judge:
+            tables["pictures, given"] = judged(judge, made, x["image"])
+        if s.export:
+            export(s.export, made)
+    show(tables)
+    save_results(s, results)
 
 
 if __name__ == "__main__":

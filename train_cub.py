@@ -26,10 +26,11 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 import train_celeba
 from diffmvae import (
     DiffMVAE, InputError, LatentPrior, UNet, frechet_distance, in_batches, in_bf16, main, option,
-    save_grid, save_results, spread,
+    prepare, save_grid, save_results, spread,
 )
 from train_celeba import (
-    decoded, image_networks, infer, open_picture, read_table, sample, show, train, unconditional,
+    decoded, export, image_networks, infer, open_picture, read_table, report, sample, show, train,
+    unconditional,
 )
 
 
@@ -52,11 +53,10 @@ class Settings(train_celeba.Settings):
     gpt2: str = option("gpt2", "decoder of the text: name in the hub, or local folder")
     optimus: str = option("", "file of Optimus weights to load into these two (§4.1)")
     tokens: int = option(28, "longest caption; what is beyond is cut", 64)
-    measured: int = option(128, "pictures generated of each kind for the tables", 6000)
     clip: str = option("", "CLIP for Tables 1 and 2: name in the hub, or local folder")
 
     surrogate = dict(beta=0.01, weight=5.0)
-    free = {"out", "device", "measured", "clip"}
+    free = train_celeba.Settings.free | {"clip"}
 
 
 # ---- Drawn birds, and captions in varied words from the same factors -----------------------------
@@ -421,6 +421,11 @@ def draw(path, model, x, prior=None, tokenizers=None):
 
 def run(s):
     """Data, both stages of training, the tables on the screen, results.json, samples.png."""
+    if s.report:
+        return show(report(Settings, s.report))
+    if s.judge or s.decoder == "none":
+        raise InputError("--judge and --decoder none are for faces: leave them out")
+    prepare(s)
     clip = [pretrained(kind, s.clip) for kind in (hf.CLIPModel, hf.AutoTokenizer) if s.clip]
     birds = read_birds(Path(s.data), s.size) if s.data else draw_birds(s.size)
     tokenizers, data = text_tokenizers(s, birds["train"][1]), {}
@@ -434,16 +439,18 @@ def run(s):
     torch.manual_seed(s.seed)
     test = batch(data["test"] | {"caption": data["test"]["caption"][:, :1]})
     pairs = generate(model, tokenizers, test, s.measured, prior)
+    if s.export:
+        export(s.export, pairs)
     pictures, captions = pairs["real"]
     pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions  # CUB's kinds in order
-    results = {"log p of the caption, z given": caption_nats(model, test)}
+    tables = {"log p of the caption, z given": caption_nats(model, test)}
     if factors := birds["test"][2]:
-        results["coherence"] = coherence(pairs, factors)
+        tables["coherence"] = coherence(pairs, factors)
     if clip:
-        results["CLIP"] = table2(clip, pairs, s.device)
-    show(results)
+        tables["CLIP"] = table2(clip, pairs, s.device)
+    show(tables)
     sheet(Path(s.out) / "samples.png", model, {name: x[:8] for name, x in test.items()}, prior)
-    save_results(s, results | {"seconds": seconds})
+    save_results(s, {"tables": tables, "seconds": seconds})
 
 
 if __name__ == "__main__":
