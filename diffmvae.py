@@ -15,7 +15,6 @@ from its formulas, which are marked "Deviation" here. The notation:
     ε̂_θ(x_t,z,t)  the predicted noise                 s_θ         the score, −ε̂/σ
 """
 
-import argparse
 import copy
 import itertools
 import json
@@ -26,6 +25,7 @@ import signal
 import sys
 import textwrap
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -45,9 +45,8 @@ def product_of_experts(mu, logvar, present=None):
     """∏_i N(z; μ_i, σ_i²) up to a constant (§3.3): precisions add, means are weighted by precision.
 
     mu, logvar: (..., M, D), the experts on dim −2. present: (..., M) bool, all experts if None; it
-    broadcasts, so one call fuses a different subset for each example. Returns mu, logvar: (..., D).
-    Works on log-precisions and is exact at any log-variance. Where no expert is present there is no
-    product: mu is NaN there and logvar is inf.
+    broadcasts, so one call fuses a different subset for each example. Returns mu, logvar: (..., D),
+    exact at any log-variance; where no expert is present mu is NaN and logvar inf.
     """
     log_precision = -logvar  # (..., M, D)
     if present is not None:
@@ -606,47 +605,46 @@ class InputError(ValueError):
     """Something the user can mend; the message names it and the cure."""
 
 
-def option(drawn, help, real=None, **flag):
+def option(drawn, help, real=None, most=math.inf, **flag):
     """A field of Options: its default for drawn data and, where that differs, for real data."""
-    defaults = dict(drawn=drawn, real=drawn if real is None else real)
-    return field(default=None, metadata=defaults | dict(help=help, flag=flag))
+    note = f" (default: {drawn})" if real is None else f" (default: {drawn} drawn, {real} real)"
+    flag["help"] = help + note * (drawn not in (None, "", []))
+    defaults = drawn, drawn if real is None else real
+    return field(default=None, metadata=dict(defaults=defaults, most=most, flag=flag))
 
 
 @dataclass
 class Options:
-    """Settings that are also a command line: each field, made by option, is a flag, and where it is
-    None takes its default. Scripts add their own fields and give these their defaults."""
+    """Settings that are also flags, each made by option; scripts add theirs, None is the default."""
 
     data: str = option("", "folder of the real data; without it data are drawn")
     out: str = option("runs", "folder for checkpoints, numbers and pictures")
     export: str = option("", "folder for PNGs of real and generated pictures, as for FID")
+    report: str = option([], "folders of finished runs: print their tables and stop", nargs="+")
     steps: int = option(1000, "training steps of Diff-MVAE")
     prior_steps: int = option(1000, "training steps of the latent prior")
     batch_size: int = option(16, "examples in a step")
-    ema: float = option(0.995, "decay of the averaged weights", real=0.9999)
+    ema: float = option(0.995, "decay of the averaged weights", 0.9999, most=1)
     seed: int = option(0, "seed of all randomness")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
-    free = {"out", "export", "device"}  # what does not touch the weights
+    free = {"out", "export", "report", "device"}  # what does not touch the weights
 
     def __post_init__(self):
         for f in fields(self):
             if getattr(self, f.name) is None:
-                setattr(self, f.name, f.metadata["real" if self.data else "drawn"])
-            value, least = getattr(self, f.name), 0 if not f.metadata["drawn"] else 1e-9
-            if not all(v >= least for v in np.ravel(value) if isinstance(v, np.number)):
-                raise InputError(f"--{f.name.replace('_', '-')} {value}: give a larger number")
+                setattr(self, f.name, f.metadata["defaults"][bool(self.data)])
+            least, most = 1e-9 if f.metadata["defaults"][0] else 0, f.metadata["most"]
+            for v in np.ravel(value := getattr(self, f.name)):
+                if isinstance(v, np.number) and not least <= v <= most:
+                    flag, better = f.name.replace("_", "-"), "smaller" if v > most else "larger"
+                    raise InputError(f"--{flag} {value}: give a {better} number")
 
     @classmethod
     def parse(cls, description):
         """Read the command line."""
-        layout = argparse.RawDescriptionHelpFormatter
-        parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+        parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
         for f in fields(cls):
-            drawn, real = f.metadata["drawn"], f.metadata["real"]
-            default = f"{drawn}" if drawn == real else f"{drawn} drawn, {real} real"
-            note = "" if drawn in (None, "", []) else f" (default: {default})"
-            flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"] + note
-            parser.add_argument(flag, type=f.type, help=help, **f.metadata["flag"])
+            parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, **f.metadata["flag"])
         return cls(**vars(parser.parse_args()))
 
     def shared(self, stage):
@@ -688,19 +686,19 @@ def restore(path, settings, parts):
 
 
 def prepare(options):
-    """Refuse at once what would fail late: the device, the folders, the checkpoints in them."""
+    """options, if nothing will fail later: the device, the folders, the checkpoints in them."""
     try:
-        torch.empty(0, device=options.device)
-        for folder in filter(None, (options.out, options.export)):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=folder).close()
+        torch.empty(0, device=(culprit := options.device))
+        for culprit in filter(None, (options.out, options.export)):
+            Path(culprit).mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=culprit).close()
     except (OSError, RuntimeError, AssertionError) as problem:
-        flag = f"--out {folder}" if isinstance(problem, OSError) else f"--device {options.device}"
         why = str(problem).splitlines()[0]
-        raise InputError(f"{flag} cannot be used ({why}): give another") from problem
+        raise InputError(f"{culprit} cannot be used ({why}): give another") from problem
     for stage in STAGES:
         if (path := Path(options.out) / f"{stage}.pt").exists():
             restore(path, options.shared(stage), {})
+    return options
 
 
 def readings(named, step):
@@ -721,9 +719,9 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
     """Train model with Adam; return its moving average, the model from then on, and the seconds.
 
     terms(indices) -> {name: (B,)}, named terms for a batch: the first is maximised, all are shown.
-    stage: "model" or "prior", which names the checkpoint. rates: [(module, learning rate), ...].
-    Where there is a checkpoint, training goes on and ends as if never interrupted: a step draws all
-    its randomness from (seed, stage, step). preview(averaged) follows every checkpoint.
+    stage names the checkpoint, and preview(averaged) follows it. rates: [(module, learning rate)].
+    From a checkpoint training goes on and ends as if never interrupted: a step draws all its
+    randomness from (seed, stage, step).
     """
     path, settings = Path(options.out) / f"{stage}.pt", options.shared(stage)
     steps = options.steps if stage == "model" else options.prior_steps
@@ -798,8 +796,7 @@ def to_bytes(pictures):
 
 
 def save_grid(path, rows, captions=None, side=64):
-    """A PNG of rows, {label: (n, 1 or 3, H, H) in [−1, 1]}, enlarged to this side or more, and of
-    captions, {label: n strings}, under the pictures."""
+    """A PNG of rows {label: (n, 1 or 3, H, H) in [−1, 1]}, above captions {label: n strings}."""
     font, small, captions = ImageFont.load_default(14), ImageFont.load_default(10), captions or {}
     left, own = 12 + max(int(font.getlength(k)) for k in rows), next(iter(rows.values())).shape[-1]
     side = own * max(1, side // own)
@@ -845,7 +842,8 @@ def main(run, options, description):
     """A script's entry: run on the command line's options; an InputError is a line, status 2."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     try:
-        run(options.parse(description))
+        s = options.parse(description)
+        run(s if s.report else prepare(s))
     except (InputError, FloatingPointError, KeyboardInterrupt) as problem:
         why = str(problem) or "stopped: run it again"
         print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)

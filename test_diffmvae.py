@@ -961,9 +961,9 @@ def test_killed_twice_at_random_and_run_again(tmp_path):
 def test_what_would_fail_late_is_refused_at_once(tmp_path):
     file = tmp_path / "file"
     file.write_text("not a folder")
-    with pytest.raises(dm.InputError, match="^--out .*file cannot be used .*: give another"):
+    with pytest.raises(dm.InputError, match="^.*file cannot be used .*: give another"):
         dm.prepare(dm.Options(out=str(file), device="cpu"))
-    with pytest.raises(dm.InputError, match="^--device tpu cannot be used"):
+    with pytest.raises(dm.InputError, match="^tpu cannot be used"):
         dm.prepare(dm.Options(out=str(tmp_path), device="tpu"))
     toy(tmp_path / "run", steps=2)
     with pytest.raises(dm.InputError, match="steps was 2 and is 3"):
@@ -986,6 +986,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     ({"steps": 0}, "--steps 0: give a larger number"), ({"prior_steps": -1}, "--prior-steps -1"),
     ({"batch_size": 0}, "--batch-size 0"), ({"ema": -0.1}, "--ema -0.1"), ({"seed": -1}, "--seed -1"),
     ({"multipliers": [1, 0]}, r"--multipliers \[1, 0\]"), ({"latent_dim": -4}, "--latent-dim -4"),
+    ({"ema": 2.0}, "--ema 2.0: give a smaller number"), ({"dropout": 1.5}, "--dropout 1.5: give a smaller"),
     ({"beta": -1.0}, "--beta -1.0"), ({"rate": math.nan}, "--rate nan"), ({"tokens": 0}, "--tokens 0"), ({"measured": 0}, "--measured 0"),
 ])  # fmt: skip
 def test_nonsense_is_refused(wrong, message):
@@ -1167,7 +1168,7 @@ def test_bad_input_is_named(released, what, message):
 @pytest.mark.parametrize("wrong, message", [
     ({"latent_dim": 60}, "even number squared"), ({"latent_dim": 25}, "even number squared"),
     ({"size": 48}, "power of 2"), ({"size": 4}, "power of 2"), ({"patch": 3}, "--patch 3: give"),
-    ({"channels": 12}, "--channels 12: give a multiple of 8"), ({"encoder_channels": 5}, "--encoder-channels 5"),
+    ({"channels": 12}, "--channels 12 .*multiple of 8"), ({"encoder_channels": 5}, "--encoder-channels 5"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(wrong, message):
     with pytest.raises(dm.InputError, match=message):
@@ -1363,13 +1364,13 @@ def test_report_is_mean_and_deviation_over_seeds(tmp_path, capsys):
         "| Diff-MVAE* | 0.500 ± 0.250 | 0.500 ± 0.000 |\n| MoPoE* | 0.125 | 0.500 |\n"
     )
     with pytest.raises(dm.InputError, match="differ in more than the seed"):
-        celeba.report(celeba.Settings, [*runs, finished("longer", 0.5, steps=9)])
+        celeba.report(celeba.Settings(report=[*runs, finished("longer", 0.5, steps=9)]))
     for wrong, text in (("nowhere", None), ("broken", "{"), ("old", '{"settings": {"size": 16}}'), ("other", "{}")):
         if text:
             (tmp_path / wrong).mkdir()
             (tmp_path / wrong / "results.json").write_text(text)
         with pytest.raises(dm.InputError, match=rf"{wrong}/results.json is missing or"):
-            celeba.report(celeba.Settings, [*runs, str(tmp_path / wrong)])
+            celeba.report(celeba.Settings(report=[*runs, str(tmp_path / wrong)]))
 
 
 def test_only_a_finished_supervised_run_on_such_pictures_judges(tmp_path, monkeypatch):

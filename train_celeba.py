@@ -23,8 +23,8 @@ from tqdm import tqdm
 from diffmvae import (
     STAGES, CalibratedGaussian, ConvDecoder, ConvEncoder, DiffMVAE, Diffusion, Encoder, FeedForward,
     InputError, LatentPrior, Options, UNet, bernoulli, f1_score, fit, frechet_distance, in_batches,
-    main, mlp, option, prepare, read_checkpoint, sample_gaussian, save_checkpoint, save_grid,
-    save_results, to_bytes,
+    main, mlp, option, read_checkpoint, sample_gaussian, save_checkpoint, save_grid, save_results,
+    to_bytes,
 )
 
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
@@ -56,15 +56,14 @@ class Settings(Options):
     channels: int = option(32, "channels of the UNet at its first level", 128)
     multipliers: int = option([1, 2], "their multiple at each level", [1, 2, 2, 3, 4], nargs="+")
     attention: int = option(0, "side at which the UNet attends, besides its middle", 16)
-    dropout: float = option(0.0, "in the UNet", 0.1)
+    dropout: float = option(0.0, "in the UNet", 0.1, most=1)
     encoder_channels: int = option(16, "channels of the encoders at half size", 64)
     rate: float = option(1e-3, "learning rate of the image decoder and the latent prior", 1e-4)
     vae_rate: float = option(1e-3, "learning rate of the encoders and other decoders", 2e-4)
     measured: int = option(128, "pictures generated of each kind for the tables", 6000)
     judge: str = option("", "folder of a Supervised run, by which generated pictures are measured")
-    report: str = option([], "folders of finished runs: print their tables and stop", nargs="+")
     surrogate = dict(beta=0.01, weight=10.0)  # defaults where the loss is no bound: there all is 1
-    free = Options.free | {"measured", "judge", "report"}
+    free = Options.free | {"measured", "judge"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -402,7 +401,7 @@ def judged(judge, made, real):
         table["Fréchet distance"][given] = frechet_distance(seen, features)
         table["sharpness"][given] = energy(pictures) / energy(real)
         for name in OTHERS:
-            f1 = f1_score(judge.decoders[name].sample(seen), shown[name])
+            f1 = f1_score(sample(judge.decoders[name], seen), shown[name])
             table.setdefault(f"coherence, {name} F1", {})[given] = f1
     return table
 
@@ -437,46 +436,45 @@ def export(folder, made):
     """generate's pictures as folder/label/00000.png: for FID (Table 3) by another program."""
     for label, (pictures, _) in made.items():
         place = Path(folder) / re.sub(r"\W+", "-", label).strip("-")
-        place.mkdir(exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         for k, pixels in enumerate(tqdm(to_bytes(pictures), f"writing {place}", leave=False)):
             Image.fromarray(pixels).save(place / f"{k:05d}.png")
 
 
 def show(tables):
-    """Print {title: {row: {column: number, or one of each seed}}} in Markdown."""
-    number = lambda v: f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if np.size(v) > 1 else "")
+    """Print {title: {row: {column: number, or one for each seed}}} in Markdown."""
+    error = lambda v: f" ± {np.std(v, ddof=1):.3f}" if np.size(v) > 1 else ""
     for title, table in tables.items():
         columns = list(dict.fromkeys(column for row in table.values() for column in row))
         print(f"\n| {title} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
         for name, row in table.items():
-            cells = (number(row[column]) if column in row else "" for column in columns)
+            cells = (f"{np.mean(row[k]):.3f}{error(row[k])}" if k in row else "" for k in columns)
             print(f"| {name} | {' | '.join(cells)} |")
 
 
-def report(settings, folders):
-    """{measure: {method: {given: one number for each seed}}} of finished runs."""
-    tables, kinds = {}, {}
-    for path in (Path(folder) / "results.json" for folder in folders):
+def report(options):
+    """The tables of the runs options.report, {measure: {method: {column: one number a seed}}}."""
+    tables, settings = {}, {}
+    for path in (Path(out) / "results.json" for out in options.report):
         try:
             record = json.loads(path.read_text())
-            s, found = settings(**record["settings"]), record["tables"]
+            s, found = type(options)(**record["settings"]), record["tables"]
         except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise InputError(f"{path} is missing or of another program: finish the run") from problem
-        if kinds.setdefault(s.method, kind := s.shared("prior") | {"seed": None}) != kind:
+            raise InputError(f"{path} is missing or of another program: run it again") from problem
+        if settings.setdefault(s.method, same := s.shared("prior") | {"seed": None}) != same:
             raise InputError(f"{path} and the {s.method} before it differ in more than the seed")
         for title, table in found.items():
             for measure, row in table.items():
                 methods = tables.setdefault(f"{measure}: {title}", {})
-                for given, value in row.items():
-                    methods.setdefault(s.method, {}).setdefault(given, []).append(value)
+                for column, value in row.items():
+                    methods.setdefault(s.method, {}).setdefault(column, []).append(value)
     return tables
 
 
 def run(s):
     """Data, both stages of training, the tables on the screen, results.json, samples.png."""
     if s.report:
-        return show(report(Settings, s.report))
-    prepare(s)
+        return show(report(s))
     judge = load_judge(s) if s.judge else None
     pair, data = build(s), read_faces(Path(s.data), s.size) if s.data else draw_faces(s.size)
     data = {split: {k: x.to(s.device) for k, x in part.items()} for split, part in data.items()}

@@ -26,7 +26,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 import train_celeba
 from diffmvae import (
     DiffMVAE, InputError, LatentPrior, UNet, frechet_distance, in_batches, in_bf16, main, option,
-    prepare, save_grid, save_results, spread,
+    save_grid, save_results, spread,
 )
 from train_celeba import (
     decoded, export, image_networks, infer, open_picture, read_table, report, sample, show, train,
@@ -422,10 +422,9 @@ def draw(path, model, x, prior=None, tokenizers=None):
 def run(s):
     """Data, both stages of training, the tables on the screen, results.json, samples.png."""
     if s.report:
-        return show(report(Settings, s.report))
+        return show(report(s))
     if s.judge or s.decoder == "none":
         raise InputError("--judge and --decoder none are for faces: leave them out")
-    prepare(s)
     clip = [pretrained(kind, s.clip) for kind in (hf.CLIPModel, hf.AutoTokenizer) if s.clip]
     birds = read_birds(Path(s.data), s.size) if s.data else draw_birds(s.size)
     tokenizers, data = text_tokenizers(s, birds["train"][1]), {}
