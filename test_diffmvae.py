@@ -1840,16 +1840,20 @@ def test_command_line(tmp_path):
         assert flag in shown
 
 
-def test_readme_examples(tmp_path, monkeypatch, few_evaluations):
+def test_readme_examples(tmp_path, monkeypatch, capsys, few_evaluations):
     """Every Python block of the README runs, in order, beside a small trained run."""
     monkeypatch.setattr(celeba, "FACES", {"train": 40, "test": 12})
-    celeba.run(tiny(out=str(tmp_path / "runs" / "drawn"), steps=2, prior_steps=2, batch_size=4))
+    short = dict(steps=2, prior_steps=2, batch_size=4)
+    for name, options in (("drawn", {}), ("bound", dict(weighting="likelihood")),
+                          ("mopoe", dict(decoder="feedforward")), ("supervised", dict(decoder="none"))):  # fmt: skip
+        celeba.run(tiny(out=str(tmp_path / "runs" / name), **short, **options))
     monkeypatch.setattr(cub, "BIRDS", {"train": 40, "test": 8})
-    cub.run(tiny(cub.Settings, out=str(tmp_path / "runs" / "birds"), steps=2, prior_steps=2, batch_size=4, measured=4))
+    cub.run(tiny(cub.Settings, out=str(tmp_path / "runs" / "birds"), measured=4, **short))
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 2
+    assert len(blocks) >= 4
     namespace = {}
     for block in blocks:
-        exec(block, namespace)
-    assert (tmp_path / "glasses.png").exists() and (tmp_path / "birds.png").exists()
+        exec(block.replace("(50, 100, 500)", "(2, 3)"), namespace)
+    assert all((tmp_path / f"{name}.png").exists() for name in ("figure5", "glasses", "birds"))
+    assert "| sharpness |" in capsys.readouterr().out

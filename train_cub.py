@@ -29,8 +29,7 @@ from diffmvae import (
     save_grid, save_results, spread,
 )
 from train_celeba import (
-    decoded, export, image_networks, infer, open_picture, read_table, report, sample, show, train,
-    unconditional,
+    decoded, image_networks, infer, open_picture, read_table, sample, show, train, unconditional,
 )
 
 
@@ -422,7 +421,7 @@ def draw(path, model, x, prior=None, tokenizers=None):
 def run(s):
     """Data, both stages of training, the tables on the screen, results.json, samples.png."""
     if s.report:
-        return show(report(s))
+        return show(train_celeba.report(s))
     if s.judge or s.decoder == "none":
         raise InputError("--judge and --decoder none are for faces: leave them out")
     clip = [pretrained(kind, s.clip) for kind in (hf.CLIPModel, hf.AutoTokenizer) if s.clip]
@@ -439,7 +438,7 @@ def run(s):
     test = batch(data["test"] | {"caption": data["test"]["caption"][:, :1]})
     pairs = generate(model, tokenizers, test, s.measured, prior)
     if s.export:
-        export(s.export, pairs)
+        train_celeba.export(s.export, pairs)
     pictures, captions = pairs["real"]
     pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions  # CUB's kinds in order
     tables = {"log p of the caption, z given": caption_nats(model, test)}
