@@ -1168,11 +1168,22 @@ def test_bad_input_is_named(released, what, message):
 @pytest.mark.parametrize("wrong, message", [
     ({"latent_dim": 60}, "even number squared"), ({"latent_dim": 25}, "even number squared"),
     ({"size": 48}, "power of 2"), ({"size": 4}, "power of 2"), ({"patch": 3}, "--patch 3: give"),
-    ({"channels": 12}, "--channels 12 .*multiple of 8"), ({"encoder_channels": 5}, "--encoder-channels 5"),
+    ({"attention": 5}, r"--attention 5: give 0 or one of \[16, 8\]"), ({"channels": 12}, "--channels 12 .*multiple of 8"), ({"encoder_channels": 5}, "--encoder-channels 5"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(wrong, message):
     with pytest.raises(dm.InputError, match=message):
         celeba.build(celeba.Settings(device="cpu", **wrong))
+
+
+def test_the_unet_attends_where_it_is_told():
+    for attention, with_heads in ((0, 0), (16, 2 + 3), (8, 2 + 3)):
+        model, _ = celeba.build(celeba.Settings(device="cpu", attention=attention))
+        unet = model.decoders["image"].net
+        blocks = [b for stage, _ in [*unet.down, *unet.up] for b in stage]
+        assert sum(isinstance(b.attention, dm.Attention) for b in blocks) == with_heads
+        assert {b.conv1.weight.shape[0] for b in blocks if isinstance(b.attention, dm.Attention)} <= {
+            {16: 32, 8: 64}.get(attention)
+        }
 
 
 def test_settings_of_the_bound_and_of_the_surrogate():

@@ -284,7 +284,10 @@ def image_networks(s):
     elif s.decoder == "feedforward":
         decoder = FeedForward(ConvDecoder(3, size, D, s.widths), CalibratedGaussian())
     else:
-        attention = [k for k in range(len(s.multipliers)) if size // s.patch >> k == s.attention]
+        sides = [size // s.patch >> k for k in range(len(s.multipliers))]
+        if s.attention not in (0, *sides):
+            raise InputError(f"--attention {s.attention}: give 0 or one of {sides}")
+        attention = [k for k, side in enumerate(sides) if side == s.attention]
         unet = UNet(2, 3, size, s.channels, s.multipliers, attention=attention, dropout=s.dropout,
                     z_dim=D, patch=s.patch)
         decoder = Diffusion(unet, (3, size, size), weighting=s.weighting)
