@@ -183,7 +183,7 @@ class Diffusion(nn.Module):
     net(x_t, ℓ, z) -> v with v like x_t, ℓ: (B,), z: (B, D) or None. shape: of one x.
 
                  weighting    λ(t) in Eq. 2   t uniform in   a bound, in nats   sampler, evaluations
-    Diff-MVAE    likelihood   g(t)²           log-SNR        yes                Euler–Maruyama, 500
+    Diff-MVAE    likelihood   g(t)²           log-SNR        yes                Euler–Maruyama, 200
     Diff-MVAE*   simple       σ(t)², Eq. 1    t              no, a surrogate    DDIM, 50
     Diff-MVAE*   velocity     σ(t)²/α(t)²     t              no, a surrogate    DDIM, 50
 
@@ -192,7 +192,7 @@ class Diffusion(nn.Module):
     network's own output, ‖v − v̂‖², and learns what is settled where α is small far sooner.
     """
 
-    samplers = {"likelihood": (euler_maruyama, 500), "simple": (ddim, 50), "velocity": (ddim, 50)}
+    samplers = {"likelihood": (euler_maruyama, 200), "simple": (ddim, 50), "velocity": (ddim, 50)}
 
     def __init__(self, net, shape, sde=VPSDE(), weighting="likelihood"):
         super().__init__()
