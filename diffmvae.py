@@ -782,7 +782,7 @@ def f1_score(predicted, actual):
 
 def frechet_distance(a, b):
     """‖m_a − m_b‖² + tr(C_a + C_b − 2 (C_a C_b)^½) for features (N, d); FID on Inception's."""
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # eigenvalues are ≥ 0
     means = (a.mean(0) - b.mean(0)).square().sum()
@@ -835,7 +835,7 @@ def save_results(options, results):
     record = {"settings": asdict(options), "device": name, "peak memory, GiB": memory / 2**30,
               "images trained per second": speed}
     path.write_text(json.dumps(record | results, indent=1))
-    print(f"\nNumbers are in {path}, pictures in {path.with_name('samples.png')}.")
+    print(f"\nNumbers are in {path}.")
 
 
 def main(run, options, description):

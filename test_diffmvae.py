@@ -1239,12 +1239,13 @@ def test_table3_never_sees_what_it_predicts():
     test = {"image": torch.zeros(3, 3, 2, 2), "mask": torch.ones(3, 1, 2, 2), "attributes": torch.eye(3, 4)}
     scores = celeba.table3(Model, test, {name: x.byte() for name, x in test.items()})
     assert given == [{"image", "mask"}, {"image"}, {"image", "attributes"}, {"image"}]
-    assert scores["attributes"] == {"both others": pytest.approx(2 / 5), "the image": pytest.approx(2 / 5), "nothing": pytest.approx(1 / 2)}
-    assert scores["mask"] == {"both others": 0, "the image": 0, "nothing": 1}
+    for label in ("both others", "the image"):
+        assert scores[label] == {"attributes": pytest.approx(2 / 5), "mask": 0}
+    assert scores["nothing"] == {"attributes": pytest.approx(1 / 2), "mask": 1}
     given.clear()
     Model.encoders = ["image"]  # Supervised
     scores = celeba.table3(Model, test, {name: x.byte() for name, x in test.items()})
-    assert given == [{"image"}, {"image"}] and set(scores["mask"]) == {"the image", "nothing"}
+    assert given == [{"image"}, {"image"}] and scores["both others"] == {}
 
 
 def test_the_best_constant_is_learned_from_the_training_set():
@@ -1255,7 +1256,7 @@ def test_the_best_constant_is_learned_from_the_training_set():
     test = {"image": torch.zeros(2, 3, 1, 1), "attributes": torch.tensor([[1, 1, 1], [1, 0, 0]]), "mask": torch.zeros(2, 1, 1, 1)}
     scores = celeba.table3(Model, train, {name: x.byte() for name, x in test.items()})
     all_three, first = (1 + 2 / 4) / 2, (2 / 4 + 1) / 2  # the means are 1, 1/3, 1/3
-    assert scores == {"attributes": {"nothing": pytest.approx(max(all_three, first))}, "mask": {"nothing": 0}}
+    assert scores["nothing"] == {"attributes": pytest.approx(max(all_three, first)), "mask": 0}
 
 
 def test_best_known_nats():
@@ -1271,7 +1272,7 @@ def test_best_known_nats():
     test = {"image": torch.randint(0, 256, (50, 3, 2, 2), dtype=torch.uint8)}
     x = celeba.batch(test)["image"]
     expected = Normal(0.2, 0.5).log_prob(x).sum((1, 2, 3)).mean().item()
-    nats = celeba.nats(model, test)["test"]
+    nats = {term: row["nats"] for term, row in celeba.nats(model, test).items()}
     assert nats["ELBO"] == pytest.approx(expected, rel=1e-5) and nats["KL"] == pytest.approx(0, abs=1e-6)
     levels = -expected / 12 / math.log(2) + math.log2(127.5)
     assert nats["image, bits per dimension"] == pytest.approx(levels, rel=1e-5)
@@ -1309,8 +1310,8 @@ def test_what_is_drawn_from_what_and_should_show_what(tmp_path):
     for label, scale in (("image", 1), ("mask + attributes", 110), ("mask", 10), ("attributes", 100)):
         picture, shown = made[label]
         torch.testing.assert_close(picture, scale * x["image"])
-        for name, shift in (("mask", 0.1), ("attributes", 0.2)):
-            torch.testing.assert_close(shown[name], x[name] if name in label else picture + shift)
+        told = {"mask", "attributes"} if label == "image" else set(label.split(" + "))
+        assert set(shown) - {"image"} == told and all(shown[name] is x[name] for name in told)
     assert made["latent prior"][0].flatten().tolist() == [1000, 1001, 1002]
     assert made["N(0, I)"][0].abs().max() < 10
     for label in ("latent prior", "N(0, I)"):
@@ -1323,35 +1324,42 @@ def test_judged_by_hand():
         """Sees two features, the first pixels; a mask or attributes where they are positive."""
 
         posterior = staticmethod(lambda o: (o["image"].flatten(1)[:, :2], torch.full((len(o["image"]), 2), 99.0)))
-        decoders = {"mask": Sum.Decoder(0.0), "attributes": Sum.Decoder(-1e9)}
+        decoders = {"mask": Sum.Decoder(0.2), "attributes": Sum.Decoder(-1e9)}
 
     torch.manual_seed(0)
-    real = torch.randn(300, 3, 4, 4)
+    real = torch.rand(300, 3, 4, 4) - 0.5
     shift = torch.zeros(3, 4, 4)
-    shift[0, 0, 0] = 3.0
-    positive = (real[:, :1, :1, :1] > 0.5).float()
+    shift[0, 0, 0] = 0.3
+    positive = (real[:, :1, :1, :1] + 0.2 > 0.5).float()
     shown = {"mask": positive, "attributes": positive}
     made = {"same": (real, shown), "moved": (real + shift, shown), "halved": (0.5 * real, shown),
             "few": (real[:7], {k: v[:7] for k, v in shown.items()})}  # fmt: skip
     table = celeba.judged(Judge, made, real)
-    assert table["Fréchet distance"]["same"] == pytest.approx(0, abs=1e-4)
-    assert table["Fréchet distance"]["moved"] == pytest.approx(9, abs=1e-4)
-    assert table["Fréchet distance"]["halved"] == pytest.approx(
-        (0.25 * real.flatten(1)[:, :2].mean(0).square().sum() + 0.25 * real.flatten(1)[:, :2].var(0).sum()).item(), rel=0.01
-    )
-    assert table["sharpness"]["same"] == pytest.approx(1) and table["sharpness"]["halved"] == pytest.approx(0.25)
-    assert table["coherence, mask F1"]["same"] == pytest.approx(positive.mean().item())  # 0 where both are empty
-    assert set(table["coherence, attributes F1"].values()) == {0.0}
+    assert table["same"]["Fréchet distance"] == pytest.approx(0, abs=1e-4)
+    assert table["moved"]["Fréchet distance"] == pytest.approx(0.09, abs=1e-4)
+    features = real.flatten(1)[:, :2]
+    halved = 0.25 * (features.mean(0).square() + features.var(0)).sum().item()
+    assert table["halved"]["Fréchet distance"] == pytest.approx(halved, rel=0.01)
+    assert table["same"]["sharpness"] == pytest.approx(1) and table["halved"]["sharpness"] == pytest.approx(0.25)
+    assert table["same"]["coherence, mask"] == pytest.approx(positive.mean().item())  # 0 where both are empty
+    assert {row["coherence, attributes"] for row in table.values()} == {0.0}
+    outside = celeba.judged(Judge, {"outside": (100 * real, {"mask": positive})}, real.sign())
+    assert outside["outside"] == pytest.approx({"Fréchet distance": 0, "sharpness": 1, "coherence, mask": outside["outside"]["coherence, mask"]}, abs=2e-2)
+    assert outside["outside"].keys() == {"Fréchet distance", "sharpness", "coherence, mask"}
     only_rows = torch.zeros(5, 3, 4, 4)
     only_rows[..., 1::2, :] = 1.0  # differs from row to row, not from column to column
     by_rows = celeba.judged(Judge, {"rows": (only_rows, {k: v[:5] for k, v in shown.items()})}, real)
     expected = 1 / (real.diff(dim=2).square().mean() + real.diff(dim=3).square().mean()).item()
-    assert by_rows["sharpness"]["rows"] == pytest.approx(expected)
+    assert by_rows["rows"]["sharpness"] == pytest.approx(expected)
 
 
 def test_export_writes_what_is_measured(tmp_path):
     pictures = torch.rand(3, 3, 8, 8) * 2.4 - 1.2
+    (tmp_path / "N-0-I").mkdir()
+    for stale in ("00007.png", "mine.png"):
+        (tmp_path / "N-0-I" / stale).touch()
     celeba.export(tmp_path, {"N(0, I)": (pictures, None), "mask + attributes": (pictures.flip(0), None)})
+    assert {path.name for path in (tmp_path / "N-0-I").iterdir()} == {"00000.png", "00001.png", "00002.png", "mine.png"}
     for k in range(3):
         first = np.asarray(Image.open(tmp_path / "N-0-I" / f"{k:05d}.png"))
         assert np.array_equal(first, np.asarray(Image.open(tmp_path / "mask-attributes" / f"{2 - k:05d}.png")))
@@ -1363,20 +1371,29 @@ def test_report_is_mean_and_deviation_over_seeds(tmp_path, capsys):
     def finished(name, value, **options):
         s = tiny(out=str(tmp_path / name), **options)
         (tmp_path / name).mkdir()
-        tables = {"F1, given": {"mask": {"the image": value, "nothing": 0.5}}}
+        tables = {"F1 given": {"the image": {"mask": value}, "nothing": {"mask": 0.5}}}
         (tmp_path / name / "results.json").write_text(json.dumps({"settings": asdict(s), "tables": tables}))
         return str(tmp_path / name)
 
-    runs = [finished(f"star{seed}", value, seed=seed) for seed, value in enumerate((0.25, 0.5, 0.75))]
-    runs.append(finished("mopoe", 0.125, decoder="feedforward", measured=7, judge="other"))
+    judge = dict(judge="sup", measured=7)
+    runs = [finished(f"star{seed}", value, seed=seed, **judge) for seed, value in enumerate((0.25, 0.5, 0.75))]
+    runs += [finished("mopoe", 0.125, decoder="feedforward", **judge), finished("sup", 1.0, decoder="none")]
     celeba.run(celeba.Settings(report=runs, device="cpu"))
     assert capsys.readouterr().out == (
-        "\n| mask: F1, given | the image | nothing |\n|---|---|---|\n"
-        "| Diff-MVAE* | 0.500 ± 0.250 | 0.500 ± 0.000 |\n| MoPoE* | 0.125 | 0.500 |\n"
+        "\n| F1 given: mask | the image | nothing |\n|---|---|---|\n"
+        "| Diff-MVAE* | 0.500 ± 0.250 | 0.500 ± 0.000 |\n| MoPoE* | 0.125 | 0.500 |\n| Supervised | 1.000 | 0.500 |\n"
     )
-    with pytest.raises(dm.InputError, match="differ in more than the seed"):
-        celeba.report(celeba.Settings(report=[*runs, finished("longer", 0.5, steps=9)]))
-    for wrong, text in (("nowhere", None), ("broken", "{"), ("old", '{"settings": {"size": 16}}'), ("other", "{}")):
+    for name, options, message in (
+        ("longer", dict(steps=9, seed=5, **judge), r"in more than Diff-MVAE\*'s --seed"),
+        ("simple", dict(weighting="simple", seed=5, **judge), r"in more than Diff-MVAE\*'s --seed"),
+        ("again", dict(seed=2, **judge), r"one more Diff-MVAE\* of --seed 2"),
+        ("fewer", dict(family="mvae", judge="sup", measured=6), "in --judge or --measured"),
+        ("other", dict(family="mvae", judge="s", measured=7), "in --judge or --measured"),
+        ("real", dict(family="mvae", data="real"), "in --data or --size"),
+    ):
+        with pytest.raises(dm.InputError, match=f"{name}/results.json .*{message}"):
+            celeba.report(celeba.Settings(report=[*runs, finished(name, 0.5, **options)]))
+    for wrong, text in (("nowhere", None), ("broken", "{"), ("old", '{"settings": {"size": 16}}'), ("none", "{}")):
         if text:
             (tmp_path / wrong).mkdir()
             (tmp_path / wrong / "results.json").write_text(text)
@@ -1395,13 +1412,22 @@ def test_only_a_finished_supervised_run_on_such_pictures_judges(tmp_path, monkey
     dm.save_checkpoint(tmp_path / "half" / "model.pt", half | {"settings": half["settings"] | {"steps": 2}})
     judge = celeba.load_judge(tiny(judge=str(tmp_path / "sup")))
     assert set(judge.decoders) == {"mask", "attributes"} and not any(p.requires_grad for p in judge.parameters())
-    refused = [(tiny(judge=str(tmp_path / name)), "is no finished run of --decoder none") for name in ("star", "half")]
-    refused.append((celeba.Settings(size=32, device="cpu", judge=str(tmp_path / "sup")), "is no finished run"))
-    refused.append((tiny(data="real", judge=str(tmp_path / "sup")), "is no finished run"))
+    refused = [(tiny(judge=str(tmp_path / "star")), "must be a run of --decoder none")]
+    refused.append((tiny(judge=str(tmp_path / "half")), "half is not finished: run it again"))
+    refused.append((celeba.Settings(size=32, device="cpu", judge=str(tmp_path / "sup")), "knows other pictures"))
+    refused.append((tiny(data="real", judge=str(tmp_path / "sup")), "knows other pictures"))
     refused.append((tiny(judge=str(tmp_path / "nowhere")), "cannot be read: missing"))
+    refused.append((tiny(judge=str(tmp_path / "sup"), measured=1), "--measured 2 or more"))
     for s, message in refused:
         with pytest.raises(dm.InputError, match=message):
             celeba.load_judge(s)
+    prior = dm.read_checkpoint(tmp_path / "star" / "prior.pt")
+    dm.save_checkpoint(tmp_path / "star" / "prior.pt", prior | {"step": 0})
+    with pytest.raises(dm.InputError, match="star is not finished"):
+        celeba.load(tmp_path / "star")
+    for option in (dict(judge="x"), dict(export="x")):
+        with pytest.raises(dm.InputError, match="--decoder none draws no pictures"):
+            celeba.run(tiny(decoder="none", **option))
 
 
 # ---- Captions: the text VAE -------------------------------------------------------------------------
@@ -1773,7 +1799,7 @@ def test_celeba_end_to_end(tmp_path, monkeypatch, capsys, few_evaluations, optio
     assert shown.startswith("These faces are drawn; --data CelebAMask-HQ")
     assert ("ELBO" in shown) == s.is_bound
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert set(results["tables"]["F1, given"]) == {"attributes", "mask"} and results["settings"]["size"] == 16
+    assert set(results["tables"]["F1 given"]["nothing"]) == {"attributes", "mask"} and results["settings"]["size"] == 16
     assert results["images sampled per second"] > 0
     assert results["images trained per second"] > 0 and results["peak memory, GiB"] > 0
     rows = Image.open(tmp_path / "run" / "samples.png").size[1] // 66
@@ -1794,9 +1820,9 @@ def test_supervised_judges_and_pictures_are_exported(tmp_path, monkeypatch, caps
     celeba.run(tiny(out="run", judge="supervised", export="png", **short))
     tables = json.loads((tmp_path / "run" / "results.json").read_text())["tables"]
     labels = {"real", "image", "mask + attributes", "mask", "attributes", "latent prior", "N(0, I)"}
-    measures = {"Fréchet distance", "sharpness", "coherence, mask F1", "coherence, attributes F1"}
-    assert set(tables["pictures, given"]) == measures
-    assert all(set(row) == labels for row in tables["pictures, given"].values())
+    assert set(tables["pictures given"]) == labels and set(tables["pictures given"]["N(0, I)"]) == {
+        "Fréchet distance", "sharpness", "coherence, mask", "coherence, attributes"
+    }  # fmt: skip
     for label in ("real", "image", "mask-attributes", "mask", "attributes", "latent-prior", "N-0-I"):
         assert len(list((tmp_path / "png" / label).glob("*.png"))) == 5
     capsys.readouterr()
@@ -1826,7 +1852,7 @@ def test_cub_end_to_end(tmp_path, monkeypatch, capsys, few_evaluations, options)
     assert (tmp_path / "samples.png").read_bytes() == first
     capsys.readouterr()
     cub.run(cub.Settings(report=[str(tmp_path)], device="cpu"))
-    assert f"| {s.method} | {table['caption from image']['colours']:.3f} |" in capsys.readouterr().out
+    assert f"| {s.method} | {table['real']['claims']:.3f} | {table['caption from image']['claims']:.3f} |" in capsys.readouterr().out
     model, prior, tokenizers = cub.load(tmp_path)
     made = model.decode(prior.sample(2))
     assert made["image"].shape == (2, 3, 16, 16) and len(cub.spell(tokenizers, made["caption"])) == 2

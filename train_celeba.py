@@ -62,7 +62,7 @@ class Settings(Options):
     vae_rate: float = option(1e-3, "learning rate of the encoders and other decoders", 2e-4)
     measured: int = option(128, "pictures generated of each kind for the tables", 6000)
     judge: str = option("", "folder of a Supervised run, by which generated pictures are measured")
-    surrogate = dict(beta=0.01, weight=10.0)  # defaults where the loss is no bound: there all is 1
+    surrogate = dict(beta=0.01, weight=10.0)  # defaults where the loss is no bound; there all is 1
     free = Options.free | {"measured", "judge"}
 
     def __post_init__(self):
@@ -71,9 +71,8 @@ class Settings(Options):
         kind = dict(diffusion=diffusion, feedforward="MoPoE*", none="Supervised")[self.decoder]
         self.method = kind if self.family == "mopoe" else f"{kind}, {self.family}"
         self.is_bound = kind in ("Diff-MVAE", "MoPoE*")  # in nats
-        if kind == "Supervised" and self.beta is None:
-            self.beta = 0.0
-        for name, value in self.surrogate.items():
+        usual = self.surrogate | ({"beta": 0.0} if kind == "Supervised" else {})
+        for name, value in usual.items():
             if getattr(self, name) is None:
                 setattr(self, name, 1.0 if self.is_bound else value)
         halvings = range(max(1, self.size.bit_length() - 3))  # in the image's encoder, down to 4 px
@@ -99,19 +98,25 @@ def draw_attributes(rng):
     return {name: a[name] and name not in without for name in ATTRIBUTES}
 
 
-def shapes_of(a, w, skin, hair, clothes, hat):
-    """The face with attributes a, half-width w: rows (when, in_mask, shape, box, colour, options).
+def draw_face(a, rng, size):
+    """Picture and mask, (size, size, 3 + 1), of a face with attributes a; the rest is rng's.
 
-    From back to front on a square of 128 with x = 0 in the middle. As in CelebAMask-HQ everything
-    but the skin, and what is on it, belongs to the mask. Shapes right of the middle are mirrored.
+    Its shapes go from back to front on a square of 128 with x = 0 in the middle; those right of it
+    are mirrored. As in CelebAMask-HQ all but the skin, and what is on it, belongs to the mask.
     """
+    background, clothes, hat = (tuple(rng.integers(30, 226, 3).tolist()) for _ in range(3))
+    dx, dy, w = (int(rng.integers(*ends)) for ends in ((62, 67), (-2, 3), (26, 31)))
+    tone, light = 0.55 + 0.45 * rng.random(), 0.9 + 0.2 * rng.random()
+    skin = (250, 226, 214) if a["Pale_Skin"] else tuple(int(c * tone) for c in (214, 158, 116))
+    colour = next(colour for name, colour in HAIR.items() if not name or a[name])
+    hair = tuple(min(255, int(c * light)) for c in colour)
     man, bald, smile, opened = a["Male"], a["Bald"], a["Smiling"], a["Mouth_Slightly_Open"]
     end, shoulder, neck, corner = (68, 47, 18, 10) if man else (108, 35, 10, 24)
     shade, brow = tuple(int(0.8 * c) for c in skin), tuple(c // 2 for c in hair)
     lips = (205, 20, 55) if a["Heavy_Makeup"] else (176, 88, 84)
     top = dict(start=222, end=318) if a["Receding_Hairline"] else dict(start=200, end=340)
     bushy, grin, bend = a["Bushy_Eyebrows"], dict(start=10, end=170), dict(radius=corner)
-    return [
+    shapes = [  # (when, in_mask, shape, box, colour, options)
         (not bald, 1, "ellipse", (-w - 7, 17, w + 7, 82), hair, {}),
         (a["Straight_Hair"], 1, "rectangle", (w - 6, 46, w + 9, end), hair, {}),
         *((a["Wavy_Hair"], 1, "ellipse", (w - 6 + y % 8, y, w + 9 + y % 8, y + 15), hair, {})
@@ -140,19 +145,8 @@ def shapes_of(a, w, skin, hair, clothes, hat):
         (a["Wearing_Hat"], 1, "rounded_rectangle", (-29, 4, 29, 40), hat, dict(radius=10)),
         (a["Wearing_Hat"], 1, "rectangle", (-41, 34, 41, 42), hat, {}),
     ]
-
-
-def draw_face(a, rng, size):
-    """Picture and mask, (size, size, 3 + 1), of a face with attributes a; the rest is rng's."""
-    background, clothes, hat = (tuple(rng.integers(30, 226, 3).tolist()) for _ in range(3))
-    dx, dy, w = (int(rng.integers(*ends)) for ends in ((62, 67), (-2, 3), (26, 31)))
-    tone, shade = 0.55 + 0.45 * rng.random(), 0.9 + 0.2 * rng.random()
-    skin = (250, 226, 214) if a["Pale_Skin"] else tuple(int(c * tone) for c in (214, 158, 116))
-    colour = next(colour for name, colour in HAIR.items() if not name or a[name])
-    hair = tuple(min(255, int(c * shade)) for c in colour)
     layers = Image.new("RGB", (128, 128), background), Image.new("L", (128, 128))
     pens = [ImageDraw.Draw(layer) for layer in layers]
-    shapes = shapes_of(a, w, skin, hair, clothes, hat)
     for when, in_mask, shape, (x0, y0, x1, y1), fill, options in shapes:
         for left, right in [(x0, x1), (-x1, -x0)][: when * (1 + (x0 > 0))]:
             box = (left + dx, y0 + dy, right + dx, y1 + dy)
@@ -201,19 +195,6 @@ def read_table(path, pair, header=0, keys=()):
     return table
 
 
-def read_attributes(path):
-    """CelebAMask-HQ-attribute-anno.txt -> {k: [18 bools]}; it says which pictures there are."""
-    names = [*path.read_text("utf-8", "replace").splitlines(), "", ""][1].split()
-    if missing := [name for name in ATTRIBUTES if name not in names]:
-        raise InputError(f"{path} lacks {', '.join(missing)}: take the file as released")
-
-    def pair(name, *values):
-        on = dict(zip(names, ({"1": True, "-1": False}[value] for value in values), strict=True))
-        return int(name.removesuffix(".jpg")), [on[a] for a in ATTRIBUTES]
-
-    return read_table(path, pair, header=2)
-
-
 def open_picture(path, mode):
     """The PIL image in a file, decoded."""
     try:
@@ -251,7 +232,15 @@ def read_faces(folder, size):
     for path in (anno, mapping, folder / "CelebAMask-HQ-mask-anno", folder / "CelebA-HQ-img"):
         if not path.exists():
             raise InputError(f"{path} is missing: --data is the folder CelebAMask-HQ as released")
-    known = read_attributes(anno)
+    names = [*anno.read_text("utf-8", "replace").splitlines(), "", ""][1].split()
+    if missing := [name for name in ATTRIBUTES if name not in names]:
+        raise InputError(f"{anno} lacks {', '.join(missing)}: take the file as released")
+
+    def pair(name, *values):
+        on = dict(zip(names, ({"1": True, "-1": False}[value] for value in values), strict=True))
+        return int(name.removesuffix(".jpg")), [on[a] for a in ATTRIBUTES]
+
+    known = read_table(anno, pair, header=2)  # it says which pictures there are
     origin = read_table(mapping, lambda k, i, *_: (int(k), int(i)), 1, known)  # index in CelebA
     layers = decoded(folder / f"diffmvae-{size}.pt", lambda k: read_face(folder, k, size), [*known])
     data, attributes = {}, torch.tensor(list(known.values()))
@@ -264,6 +253,9 @@ def read_faces(folder, size):
 
 
 # ---- The three modalities, and both stages of training ------------------------------------------
+
+OTHERS = ("mask", "attributes")  # than the image
+
 
 def batch(data, i=slice(None)):
     """Examples i as the networks see them: pictures in [−1, 1], masks and attributes 0 or 1."""
@@ -279,17 +271,15 @@ def image_networks(s):
     if s.channels % 8 or s.encoder_channels % 2:
         raise InputError(f"--channels {s.channels} --encoder-channels {s.encoder_channels}: "
                          "give a multiple of 8 and an even number")
-    if s.decoder == "none":
-        decoder = None
-    elif s.decoder == "feedforward":
+    decoder = None
+    if s.decoder == "feedforward":
         decoder = FeedForward(ConvDecoder(3, size, D, s.widths), CalibratedGaussian())
-    else:
+    elif s.decoder == "diffusion":
         sides = [size // s.patch >> k for k in range(len(s.multipliers))]
         if s.attention not in (0, *sides):
             raise InputError(f"--attention {s.attention}: give 0 or one of {sides}")
-        attention = [k for k, side in enumerate(sides) if side == s.attention]
-        unet = UNet(2, 3, size, s.channels, s.multipliers, attention=attention, dropout=s.dropout,
-                    z_dim=D, patch=s.patch)
+        levels = [k for k, side in enumerate(sides) if side == s.attention]
+        unet = UNet(2, 3, size, s.channels, s.multipliers, 2, levels, 8, s.dropout, D, s.patch)
         decoder = Diffusion(unet, (3, size, size), weighting=s.weighting)
     return ConvEncoder(3, size, D, s.widths), decoder
 
@@ -305,11 +295,10 @@ def build(s):
                 "attributes": Encoder(mlp(n, 256, 256, 2 * D))}
     decoders = {"image": decoder, "mask": FeedForward(ConvDecoder(1, s.size, D, narrow), bernoulli),
                 "attributes": FeedForward(mlp(D, 256, 256, n), bernoulli)}
-    if s.decoder == "none":
+    if not decoder:
         encoders, decoders = {"image": encoder}, {k: decoders[k] for k in OTHERS}
     model = DiffMVAE(encoders, decoders, s.family, s.beta, {"attributes": s.weight})
-    prior = LatentPrior(UNet(2, 1, side, s.channels, (1, 2)), (1, side, side))
-    return model, prior if decoder else None
+    return model, decoder and LatentPrior(UNet(2, 1, side, s.channels, (1, 2)), (1, side, side))
 
 
 def train(s, data, pair, batch, draw):
@@ -335,26 +324,28 @@ def train(s, data, pair, batch, draw):
 def load(out, device="cpu", settings=Settings, build=build):
     """(model, prior) that a finished run left in the folder out, ready to use."""
     pair = build(settings(**read_checkpoint(Path(out) / "model.pt")["settings"], device=device))
-    for stage, part in zip(STAGES, pair):
-        if part:
-            part.load_state_dict(read_checkpoint(Path(out) / f"{stage}.pt")["averaged"])
-            part.to(device).eval().requires_grad_(False)
+    for stage, part in zip(STAGES, filter(None, pair)):
+        saved = read_checkpoint(Path(out) / f"{stage}.pt")
+        if saved["step"] < saved["settings"]["steps" if stage == "model" else "prior_steps"]:
+            raise InputError(f"{out} is not finished: run it again")
+        part.load_state_dict(saved["averaged"])
+        part.to(device).eval().requires_grad_(False)
     return pair
 
 
 def load_judge(s):
     """The Supervised model in the folder s.judge, which must know pictures such as those of s."""
-    saved = read_checkpoint(Path(s.judge) / "model.pt")
-    was, now = saved["settings"], s.shared("model") | {"decoder": "none"}
-    if saved["step"] < was["steps"] or any(was[k] != now[k] for k in ("decoder", "data", "size")):
-        raise InputError(f"--judge {s.judge} is no finished run of --decoder none on such pictures")
+    was = read_checkpoint(Path(s.judge) / "model.pt")["settings"]
+    if any(was[k] != v for k, v in s.shared("model").items() if k in ("data", "size")):
+        raise InputError(f"--judge {s.judge} knows other pictures: train one with this --data, --size")
+    if was["decoder"] != "none" or s.measured < 2:
+        raise InputError(f"--judge {s.judge} must be a run of --decoder none, --measured 2 or more")
     return load(s.judge, s.device)[0]
 
 
 # ---- Measuring (Table 3), drawing (Figures 5 and 6), and the run --------------------------------
 
-OTHERS = ("mask", "attributes")  # than the image
-GIVEN = [("image",), OTHERS, ("mask",), ("attributes",)]
+GIVEN = ["image", "mask + attributes", "mask", "attributes"]  # what pictures are drawn from
 
 
 def infer(model, x, given):
@@ -375,22 +366,22 @@ def unconditional(prior, n):
 
 
 def table3(model, train, test):
-    """Table 3's F1, {modality: {given: score}}, beside the best that ignores its input: a
+    """Table 3's F1, {given: {modality: score}}; given nothing, the best that ignores its input: a
     thresholded mean over the training set."""
-    scores, x = {}, batch(test)
+    scores, x = {"both others": {}, "the image": {}, "nothing": {}}, batch(test)
     for target, other in (("attributes", "mask"), ("mask", "attributes")):
-        row, mean = scores.setdefault(target, {}), train[target].float().mean(0)
         for label, given in (("both others", ["image", other]), ("the image", ["image"])):
             if set(given) <= set(model.encoders):
                 predicted = sample(model.decoders[target], infer(model, x, given))
-                row[label] = f1_score(predicted, test[target])
-        constants = ((mean >= p).expand(test[target].shape) for p in torch.linspace(0.05, 0.95, 19))
-        row["nothing"] = max(f1_score(constant, test[target]) for constant in constants)
+                scores[label][target] = f1_score(predicted, test[target])
+        mean, thresholds = train[target].float().mean(0), torch.linspace(0.05, 0.95, 19).tolist()
+        constants = ((mean >= p).expand(test[target].shape) for p in thresholds)
+        scores["nothing"][target] = max(f1_score(constant, test[target]) for constant in constants)
     return scores
 
 
 def judged(judge, made, real):
-    """What Supervised says of the pictures that draw made, {measure: {given: value}}.
+    """What Supervised says of the pictures that draw made, {given: {measure: value}}.
 
     Fréchet distance: to real pictures (N, ...), of its features, the means of q(z|image).
     Sharpness, to which these are nearly blind: the energy of the gradient over that of real ones.
@@ -398,37 +389,38 @@ def judged(judge, made, real):
     """
     see = lambda x: in_batches(judge.posterior, {"image": x}, "judging")[0]  # (N, D)
     energy = lambda x: sum(x.diff(dim=d).square().mean().item() for d in (2, 3))
-    features, table = see(real), {"Fréchet distance": {}, "sharpness": {}}
+    features, sharp, table = see(real), energy(real), {}
     for given, (pictures, shown) in made.items():
-        seen = see(pictures)
-        table["Fréchet distance"][given] = frechet_distance(seen, features)
-        table["sharpness"][given] = energy(pictures) / energy(real)
-        for name in OTHERS:
-            f1 = f1_score(sample(judge.decoders[name], seen), shown[name])
-            table.setdefault(f"coherence, {name} F1", {})[given] = f1
+        seen = see(pictures := pictures.clamp(-1, 1))
+        row = {"Fréchet distance": frechet_distance(seen, features)}
+        row["sharpness"] = energy(pictures) / sharp
+        said = {k: sample(judge.decoders[k], seen) for k in OTHERS if k in shown}
+        table[given] = row | {f"coherence, {k}": f1_score(said[k], shown[k]) for k in said}
     return table
 
 
 def nats(model, test):
-    """Eq. 5's terms averaged over test, and the image's in bits per dimension: {"test": terms}."""
+    """Eq. 5's terms averaged over test, and the image's in bits per dimension."""
     terms = in_batches(lambda x: model.full_elbo(batch(x)).terms().values(), test, "ELBO")
     named = dict(zip(["ELBO", *model.decoders, "KL"], (term.mean().item() for term in terms)))
     bits = named["image"] / test["image"][0].numel() / math.log(2)  # of a density on [−1, 1],
     named["image, bits per dimension"] = math.log2(127.5) - bits  # where a grey level is 1/127.5
-    return {"test": named}
+    return {term: {"nats": value} for term, value in named.items()}
 
 
 def draw(path, model, x, prior=None):
     """A picture for each example of x from each of GIVEN (§3.3) and, with the prior, from nothing
-    (§3.4): {given: (pictures, what they should show)}, which is the mask and attributes given, or
-    else those decoded from the same z. The first ten of each stand in a PNG (Figures 5 and 6).
+    (§3.4): {given: (pictures, {modality: what they should show})}, which is what was given, or what
+    the other decoders make of the same z from nothing. Ten of each go into a PNG (Figures 5, 6).
     """
-    z = {" + ".join(given): (given, infer(model, x, given)) for given in GIVEN}
-    nothing = unconditional(prior, len(x["image"])) if prior else {}
-    z |= {label: ((), rows) for label, rows in nothing.items()}
+    z = {given: infer(model, x, given.split(" + ")) for given in GIVEN}
+    z |= unconditional(prior, len(x["image"])) if prior else {}
     made = {"real": (x["image"], x)}
-    for label, (given, rows) in tqdm(z.items(), path.stem, leave=False):
-        shown = {k: x[k] if k in given else sample(model.decoders[k], rows) for k in OTHERS}
+    for label, rows in tqdm(z.items(), path.stem, leave=False):
+        if label in GIVEN:
+            shown = x if label == "image" else {k: x[k] for k in label.split(" + ")}
+        else:
+            shown = {k: sample(model.decoders[k], rows) for k in OTHERS}
         made[label] = sample(model.decoders["image"], rows), shown
     rows = {"real masks": 2 * x["mask"] - 1} | {label: row for label, (row, _) in made.items()}
     save_grid(path, {label: row[:10] for label, row in rows.items()})
@@ -436,10 +428,12 @@ def draw(path, model, x, prior=None):
 
 
 def export(folder, made):
-    """generate's pictures as folder/label/00000.png: for FID (Table 3) by another program."""
+    """The pictures that draw made as folder/label/00000.png, for FID (Table 3) by pytorch-fid."""
     for label, (pictures, _) in made.items():
-        place = Path(folder) / re.sub(r"\W+", "-", label).strip("-")
+        place = Path(folder) / "-".join(re.findall(r"\w+", label))
         place.mkdir(parents=True, exist_ok=True)
+        for old in place.glob("[0-9]" * 5 + ".png"):  # of a longer export before
+            old.unlink()
         for k, pixels in enumerate(tqdm(to_bytes(pictures), f"writing {place}", leave=False)):
             Image.fromarray(pixels).save(place / f"{k:05d}.png")
 
@@ -456,21 +450,28 @@ def show(tables):
 
 
 def report(options):
-    """The tables of the runs options.report, {measure: {method: {column: one number a seed}}}."""
-    tables, settings = {}, {}
+    """The tables of the runs options.report, a table for each measure, {measure: {method: {given:
+    one number a seed}}}; an InputError where they cannot be compared."""
+    tables, first = {}, {}
     for path in (Path(out) / "results.json" for out in options.report):
         try:
             record = json.loads(path.read_text())
             s, found = type(options)(**record["settings"]), record["tables"]
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise InputError(f"{path} is missing or of another program: run it again") from problem
-        if settings.setdefault(s.method, same := s.shared("prior") | {"seed": None}) != same:
-            raise InputError(f"{path} and the {s.method} before it differ in more than the seed")
+        own = s.shared("prior") | {"seed": None}
+        alike = {"--data or --size": (own["data"], s.size), f"more than {s.method}'s --seed": own}
+        alike |= {"--judge or --measured": (s.judge, s.measured)} if s.judge else {}
+        for what, value in alike.items():
+            if first.setdefault(what, value) != value:
+                raise InputError(f"{path} differs from a run before it in {what}: leave it out")
+        if first.setdefault((s.method, s.seed), path) is not path:
+            raise InputError(f"{path} is one more {s.method} of --seed {s.seed}: leave it out")
         for title, table in found.items():
-            for measure, row in table.items():
-                methods = tables.setdefault(f"{measure}: {title}", {})
-                for column, value in row.items():
-                    methods.setdefault(s.method, {}).setdefault(column, []).append(value)
+            for given, row in table.items():
+                for measure, value in row.items():
+                    methods = tables.setdefault(f"{title}: {measure}", {})
+                    methods.setdefault(s.method, {}).setdefault(given, []).append(value)
     return tables
 
 
@@ -478,27 +479,29 @@ def run(s):
     """Data, both stages of training, the tables on the screen, results.json, samples.png."""
     if s.report:
         return show(report(s))
+    if s.decoder == "none" and (s.judge or s.export):
+        raise InputError("--decoder none draws no pictures: leave out --judge and --export")
     judge = load_judge(s) if s.judge else None
     pair, data = build(s), read_faces(Path(s.data), s.size) if s.data else draw_faces(s.size)
     data = {split: {k: x.to(s.device) for k, x in part.items()} for split, part in data.items()}
     model, prior, seconds = train(s, data["train"], pair, batch, draw)
     torch.manual_seed(s.seed)
-    test, results = data["test"], {"seconds": seconds}
-    tables = results["tables"] = {"F1, given": table3(model, data["train"], test)}
+    test, made = data["test"], {}
+    tables = {"F1 given": table3(model, data["train"], test)}
+    results = {"seconds": seconds, "tables": tables}
     if s.is_bound:
-        tables["nats"] = nats(model, test)
+        tables["Eq. 5"] = nats(model, test)
     if prior:
-        x, started = batch(test), time.monotonic()
-        n = s.measured if judge or s.export else 10
-        made = draw(Path(s.out) / "samples.png", model, {k: v[:n] for k, v in x.items()}, prior)
-        speed = (len(made) - 1) * n / (time.monotonic() - started)
-        results["images sampled per second"] = speed
-        if judge:
-            tables["pictures, given"] = judged(judge, made, x["image"])
-        if s.export:
-            export(s.export, made)
+        x, started = batch(test, slice(s.measured if judge or s.export else 10)), time.monotonic()
+        made = draw(Path(s.out) / "samples.png", model, x, prior)
+        drawn = len(x["image"]) * (len(made) - 1)
+        results["images sampled per second"] = drawn / (time.monotonic() - started)
+    if judge:
+        tables["pictures given"] = judged(judge, made, batch(test)["image"])
     show(tables)
     save_results(s, results)
+    if s.export:
+        export(s.export, made)
 
 
 if __name__ == "__main__":
