@@ -25,7 +25,7 @@ import signal
 import sys
 import textwrap
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter as Layout
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -615,7 +615,7 @@ def option(drawn, help, real=None, most=math.inf, **flag):
 
 @dataclass
 class Options:
-    """Settings that are also flags, each made by option; scripts add theirs, None is the default."""
+    """Settings that are also flags, each made by option; scripts add theirs. None: the default."""
 
     data: str = option("", "folder of the real data; without it data are drawn")
     out: str = option("runs", "folder for checkpoints, numbers and pictures")
@@ -642,7 +642,7 @@ class Options:
     @classmethod
     def parse(cls, description):
         """Read the command line."""
-        parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+        parser = ArgumentParser(description=description, formatter_class=Layout)
         for f in fields(cls):
             parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, **f.metadata["flag"])
         return cls(**vars(parser.parse_args()))

@@ -1414,8 +1414,8 @@ def test_only_a_finished_supervised_run_on_such_pictures_judges(tmp_path, monkey
     assert set(judge.decoders) == {"mask", "attributes"} and not any(p.requires_grad for p in judge.parameters())
     refused = [(tiny(judge=str(tmp_path / "star")), "must be a run of --decoder none")]
     refused.append((tiny(judge=str(tmp_path / "half")), "half is not finished: run it again"))
-    refused.append((celeba.Settings(size=32, device="cpu", judge=str(tmp_path / "sup")), "knows other pictures"))
-    refused.append((tiny(data="real", judge=str(tmp_path / "sup")), "knows other pictures"))
+    refused.append((celeba.Settings(size=32, device="cpu", judge=str(tmp_path / "sup")), "knows other --data or --size"))
+    refused.append((tiny(data="real", judge=str(tmp_path / "sup")), "knows other --data or --size"))
     refused.append((tiny(judge=str(tmp_path / "nowhere")), "cannot be read: missing"))
     refused.append((tiny(judge=str(tmp_path / "sup"), measured=1), "--measured 2 or more"))
     for s, message in refused:

@@ -337,7 +337,7 @@ def load_judge(s):
     """The Supervised model in the folder s.judge, which must know pictures such as those of s."""
     was = read_checkpoint(Path(s.judge) / "model.pt")["settings"]
     if any(was[k] != v for k, v in s.shared("model").items() if k in ("data", "size")):
-        raise InputError(f"--judge {s.judge} knows other pictures: train one with this --data, --size")
+        raise InputError(f"--judge {s.judge} knows other --data or --size: train one on these")
     if was["decoder"] != "none" or s.measured < 2:
         raise InputError(f"--judge {s.judge} must be a run of --decoder none, --measured 2 or more")
     return load(s.judge, s.device)[0]
