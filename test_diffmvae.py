@@ -1893,4 +1893,4 @@ def test_readme_examples(tmp_path, monkeypatch, capsys, few_evaluations):
     for block in blocks:
         exec(block.replace("(50, 100, 500)", "(2, 3)"), namespace)
     assert all((tmp_path / f"{name}.png").exists() for name in ("figure5", "glasses", "birds"))
-    assert "| sharpness |" in capsys.readouterr().out
+    assert "| Fréchet distance | sharpness |" in capsys.readouterr().out
