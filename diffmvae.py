@@ -605,12 +605,12 @@ class InputError(ValueError):
     """Something the user can mend; the message names it and the cure."""
 
 
-def option(drawn, help, real=None, most=math.inf, **flag):
+def option(drawn, help, real=None, least=None, most=math.inf, **flag):
     """A field of Options: its default for drawn data and, where that differs, for real data."""
     note = f" (default: {drawn})" if real is None else f" (default: {drawn} drawn, {real} real)"
     flag["help"] = help + note * (drawn not in (None, "", []))
-    defaults = drawn, drawn if real is None else real
-    return field(default=None, metadata=dict(defaults=defaults, most=most, flag=flag))
+    ends, defaults = (least or (1e-9 if drawn else 0), most), (drawn, drawn if real is None else real)
+    return field(default=None, metadata=dict(defaults=defaults, ends=ends, flag=flag))
 
 
 @dataclass
@@ -633,7 +633,7 @@ class Options:
         for f in fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, f.metadata["defaults"][bool(self.data)])
-            least, most = 1e-9 if f.metadata["defaults"][0] else 0, f.metadata["most"]
+            least, most = f.metadata["ends"]
             for v in np.ravel(value := getattr(self, f.name)):
                 if isinstance(v, np.number) and not least <= v <= most:
                     flag, better = f.name.replace("_", "-"), "smaller" if v > most else "larger"

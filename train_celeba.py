@@ -60,7 +60,7 @@ class Settings(Options):
     encoder_channels: int = option(16, "channels of the encoders at half size", 64)
     rate: float = option(1e-3, "learning rate of the image decoder and the latent prior", 1e-4)
     vae_rate: float = option(1e-3, "learning rate of the encoders and other decoders", 2e-4)
-    measured: int = option(128, "pictures generated of each kind for the tables", 6000)
+    measured: int = option(128, "pictures generated of each kind for the tables", 6000, least=2)
     judge: str = option("", "folder of a Supervised run, by which generated pictures are measured")
     surrogate = dict(beta=0.01, weight=10.0)  # defaults where the loss is no bound; there all is 1
     free = Options.free | {"measured", "judge"}
@@ -336,10 +336,8 @@ def load(out, device="cpu", settings=Settings, build=build):
 def load_judge(s):
     """The Supervised model in the folder s.judge, which must know pictures such as those of s."""
     was = read_checkpoint(Path(s.judge) / "model.pt")["settings"]
-    if any(was[k] != v for k, v in s.shared("model").items() if k in ("data", "size")):
-        raise InputError(f"--judge {s.judge} knows other --data or --size: train one on these")
-    if was["decoder"] != "none" or s.measured < 2:
-        raise InputError(f"--judge {s.judge} must be a run of --decoder none, --measured 2 or more")
+    if [was["decoder"], was["data"], was["size"]] != ["none", s.shared("model")["data"], s.size]:
+        raise InputError(f"--judge {s.judge} is no run of --decoder none on this --data and --size")
     return load(s.judge, s.device)[0]
 
 
@@ -450,8 +448,7 @@ def show(tables):
 
 
 def report(options):
-    """The tables of the runs options.report, a table for each measure, {measure: {method: {given:
-    one number a seed}}}; an InputError where they cannot be compared."""
+    """The tables of the runs options.report: {measure: {method: {given: one number a seed}}}."""
     tables, first = {}, {}
     for path in (Path(out) / "results.json" for out in options.report):
         try:
@@ -460,8 +457,8 @@ def report(options):
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise InputError(f"{path} is missing or of another program: run it again") from problem
         own = s.shared("prior") | {"seed": None}
-        alike = {"--data or --size": (own["data"], s.size), f"more than {s.method}'s --seed": own}
-        alike |= {"--judge or --measured": (s.judge, s.measured)} if s.judge else {}
+        alike = {"--data or --size": [own["data"], s.size], f"more than {s.method}'s --seed": own}
+        alike |= {"--judge or --measured": [s.judge, s.measured]} if s.judge else {}
         for what, value in alike.items():
             if first.setdefault(what, value) != value:
                 raise InputError(f"{path} differs from a run before it in {what}: leave it out")
