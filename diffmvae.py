@@ -609,8 +609,8 @@ def option(drawn, help, real=None, least=None, most=math.inf, **flag):
     """A field of Options: its default for drawn data and, where that differs, for real data."""
     note = f" (default: {drawn})" if real is None else f" (default: {drawn} drawn, {real} real)"
     flag["help"] = help + note * (drawn not in (None, "", []))
-    ends, defaults = (least or (1e-9 if drawn else 0), most), (drawn, drawn if real is None else real)
-    return field(default=None, metadata=dict(defaults=defaults, ends=ends, flag=flag))
+    defaults, least = (drawn, drawn if real is None else real), least or (1e-9 if drawn else 0)
+    return field(default=None, metadata=dict(defaults=defaults, ends=(least, most), flag=flag))
 
 
 @dataclass
