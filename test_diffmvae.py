@@ -1257,6 +1257,9 @@ def test_the_best_constant_is_learned_from_the_training_set():
     scores = celeba.table3(Model, train, {name: x.byte() for name, x in test.items()})
     all_three, first = (1 + 2 / 4) / 2, (2 / 4 + 1) / 2  # the means are 1, 1/3, 1/3
     assert scores["nothing"] == {"attributes": pytest.approx(max(all_three, first)), "mask": 0}
+    test["attributes"] = torch.tensor([[0, 1, 0], [0, 1, 0]])  # known from the test set only
+    train["attributes"] = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 0, 0]])
+    assert celeba.table3(Model, train, test)["nothing"]["attributes"] == 0
 
 
 def test_best_known_nats():
