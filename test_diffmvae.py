@@ -1424,7 +1424,8 @@ def test_only_a_finished_supervised_run_on_such_pictures_judges(tmp_path, monkey
         with pytest.raises(dm.InputError, match=message):
             celeba.load_judge(s)
     prior = dm.read_checkpoint(tmp_path / "star" / "prior.pt")
-    dm.save_checkpoint(tmp_path / "star" / "prior.pt", prior | {"step": 0})
+    longer = prior["settings"] | {"prior_steps": 2}
+    dm.save_checkpoint(tmp_path / "star" / "prior.pt", prior | {"settings": longer})
     with pytest.raises(dm.InputError, match="star is not finished"):
         celeba.load(tmp_path / "star")
     for option in (dict(judge="x"), dict(export="x")):
