@@ -679,7 +679,7 @@ def restore(path, settings, parts):
     was = state.get("settings", {})
     if differ := [k for k in was | settings if was.get(k) != settings.get(k)]:
         changes = ", ".join(f"{k} was {was.get(k)!r} and is {settings.get(k)!r}" for k in differ)
-        raise InputError(f"{path} has other settings ({changes}): remove it or change --out")
+        raise InputError(f"{path} has other settings ({changes}): repeat its flags or change --out")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"], state["seconds"]
