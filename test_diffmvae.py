@@ -1651,8 +1651,8 @@ def test_clip_score_and_distance(tmp_path):
     clip.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
     pictures, captions = torch.rand(6, 3, 16, 16) * 2 - 1, ["a red bird", "a blue bird", "bird"] * 2
-    clip = [cub.pretrained(kind, str(tmp_path)) for kind in (hf.CLIPModel, hf.AutoTokenizer)]
-    table = cub.table2(clip, {"real": (pictures, captions), "dark": (-pictures, captions)}, "cpu")
+    loaded = [cub.pretrained(kind, str(tmp_path)) for kind in (hf.CLIPModel, hf.AutoTokenizer)]
+    table = cub.table2(loaded, {"real": (pictures, captions), "dark": (-pictures, captions)}, "cpu")
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
     tokens = words(captions, padding=True, return_tensors="pt")
