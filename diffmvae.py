@@ -688,13 +688,13 @@ def restore(path, settings, parts):
 def prepare(options):
     """options, if nothing will fail later: the device, the folders, the checkpoints in them."""
     try:
-        torch.empty(0, device=(culprit := options.device))
-        for culprit in filter(None, (options.out, options.export)):
-            Path(culprit).mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=culprit).close()
+        torch.empty(0, device=getattr(options, flag := "device"))
+        for flag in (name for name in ("out", "export") if getattr(options, name)):
+            Path(getattr(options, flag)).mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=getattr(options, flag)).close()
     except (OSError, RuntimeError, AssertionError) as problem:
-        why = str(problem).splitlines()[0]
-        raise InputError(f"{culprit} cannot be used ({why}): give another") from problem
+        value, why = getattr(options, flag), str(problem).splitlines()[0]
+        raise InputError(f"--{flag} {value} cannot be used ({why}): give another") from problem
     for stage in STAGES:
         if (path := Path(options.out) / f"{stage}.pt").exists():
             restore(path, options.shared(stage), {})

@@ -437,9 +437,7 @@ def run(s):
     torch.manual_seed(s.seed)
     test = batch(data["test"] | {"caption": data["test"]["caption"][:, :1]})
     pairs = generate(model, tokenizers, test, s.measured, prior)
-    if s.export:
-        made = {label: pair for label, pair in pairs.items() if label != "caption from image"}
-        train_celeba.export(s.export, made)
+    made = {label: pair for label, pair in pairs.items() if label != "caption from image"}
     pictures, captions = pairs["real"]
     pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions  # CUB's kinds in order
     tables = {"log p of the caption, z given": caption_nats(model, test)}
@@ -450,6 +448,8 @@ def run(s):
     show(tables)
     sheet(Path(s.out) / "samples.png", model, {name: x[:8] for name, x in test.items()}, prior)
     save_results(s, {"tables": tables, "seconds": seconds})
+    if s.export:
+        train_celeba.export(s.export, made)
 
 
 if __name__ == "__main__":
