@@ -241,7 +241,6 @@ class Diffusion(nn.Module):
         reconstruction = -0.5 * mean_1.shape[1] * (1 + math.log(2 * math.pi) - ell_0)
         return reconstruction - prior - score_matching
 
-    @torch.no_grad()
     def sample(self, z=None, n=None, noise=None, sampler=None, steps=None):
         """x ~ p(x|z), one for each row of z, (B, D), or n without z. noise: x_1, (B, *shape)."""
         default_sampler, default_steps = self.samplers[self.weighting]

@@ -113,7 +113,7 @@ def draw_face(a, rng, size):
     man, bald, smile, opened = a["Male"], a["Bald"], a["Smiling"], a["Mouth_Slightly_Open"]
     end, shoulder, neck, corner = (68, 47, 18, 10) if man else (108, 35, 10, 24)
     shade, brow = tuple(int(0.8 * c) for c in skin), tuple(c // 2 for c in hair)
-    lips = (205, 20, 55) if a["Heavy_Makeup"] else (176, 88, 84)
+    black, white, lips = (0,) * 3, (255,) * 3, (205, 20, 55) if a["Heavy_Makeup"] else (176, 88, 84)
     top = dict(start=222, end=318) if a["Receding_Hairline"] else dict(start=200, end=340)
     bushy, grin, bend = a["Bushy_Eyebrows"], dict(start=10, end=170), dict(radius=corner)
     shapes = [  # (when, in_mask, shape, box, colour, options)
@@ -130,29 +130,28 @@ def draw_face(a, rng, size):
         (a["Bangs"], 1, "chord", (-w, 24, w, 84), hair, dict(start=182, end=358)),
         (a["Heavy_Makeup"], 0, "ellipse", (5, 53, 23, 66), (120, 70, 190), {}),
         (a["Heavy_Makeup"], 0, "ellipse", (12, 72, 25, 82), (238, 120, 130), {}),
-        (a["Eyeglasses"], 1, "rectangle", (-8, 59, 8, 62), "black", {}),
-        (a["Eyeglasses"], 1, "ellipse", (3, 52, 25, 72), "black", {}),
+        (a["Eyeglasses"], 1, "rectangle", (-8, 59, 8, 62), black, {}),
+        (a["Eyeglasses"], 1, "ellipse", (3, 52, 25, 72), black, {}),
         (a["Eyeglasses"], 1, "ellipse", (6, 55, 22, 69), (175, 205, 225), {}),
         (True, 1, "rectangle", (7, 46, 21, 53) if bushy else (7, 49, 21, 50), brow, {}),
-        (True, 1, "ellipse", (8, 57, 20, 66), "white", {}),
+        (True, 1, "ellipse", (8, 57, 20, 66), white, {}),
         (True, 1, "ellipse", (11, 57, 17, 66), (40, 40, 70), {}),
         (True, 1, "ellipse", (-4, 66, 4, 77), (150, 95, 75), {}),  # nose
         (smile, 1, "chord", (-17, 70, 17, 97 if opened else 93), lips, grin),
-        (smile and opened, 1, "chord", (-12, 76, 12, 93), "white", grin),
+        (smile and opened, 1, "chord", (-12, 76, 12, 93), white, grin),
         (not smile, 1, "ellipse", (-9, 81, 9, 95 if opened else 87), lips, {}),
         (not smile and opened, 1, "ellipse", (-6, 84, 6, 92), (70, 10, 20), {}),
         (a["Mustache"], 0, "rectangle", (-14, 77, 14, 82), brow, {}),
         (a["Wearing_Hat"], 1, "rounded_rectangle", (-29, 4, 29, 40), hat, dict(radius=10)),
         (a["Wearing_Hat"], 1, "rectangle", (-41, 34, 41, 42), hat, {}),
     ]
-    layers = Image.new("RGB", (128, 128), background), Image.new("L", (128, 128))
-    pens = [ImageDraw.Draw(layer) for layer in layers]
+    canvas = Image.new("RGBX", (128, 128), (*background, 0))  # the fourth channel is the mask
+    pen = ImageDraw.Draw(canvas)
     for when, in_mask, shape, (x0, y0, x1, y1), fill, options in shapes:
         for left, right in [(x0, x1), (-x1, -x0)][: when * (1 + (x0 > 0))]:
             box = (left + dx, y0 + dy, right + dx, y1 + dy)
-            for pen, colour in zip(pens, (fill, 255 * in_mask)):
-                getattr(pen, shape)(box, fill=colour, **options)
-    return shrunk(layers, size)
+            getattr(pen, shape)(box, fill=(*fill, 255 * in_mask), **options)
+    return shrunk([canvas.convert("RGB"), canvas.getchannel("X")], size)
 
 
 def draw_faces(size):
