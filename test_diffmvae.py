@@ -1750,6 +1750,36 @@ def test_one_of_ten_captions_is_drawn():
 
 # ---- The scripts, as a user runs them ------------------------------------------------------------
 
+def on_meta(monkeypatch, pair, data, batch):
+    """A step of both stages where tensors have no values: to ask for one, for which a GPU's whole
+    queue would have to be waited for, is an error, and so is another device in between."""
+    for module in (dm, cub):
+        monkeypatch.setattr(module, "in_bf16", lambda network, *x: network(*x))  # not known there
+    model, prior = (part.to("meta") for part in pair)
+    data, i = {k: x.to("meta") for k, x in data.items()}, torch.randint(8, (4,), device="meta")
+    (-model.elbo(batch(data, i)).terms()["ELBO"].mean()).backward()
+    prior.standardise(*model.posterior(batch(data)))
+    (-prior.log_prob(torch.randn(4, 16, device="meta")).mean()).backward()
+    return model.decoders["image"].sample(prior.sample(4))
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(weighting="likelihood"), dict(decoder="feedforward"), dict(attention=8),
+])
+def test_a_step_with_faces_never_waits_for_the_device(monkeypatch, quick, options):
+    faces = celeba.draw_faces(16)["test"]
+    made = on_meta(monkeypatch, celeba.build(tiny(**options)), faces, celeba.batch)
+    assert made.device.type == "meta" and made.shape == (4, 3, 16, 16)
+
+
+def test_a_step_with_birds_never_waits_for_the_device(monkeypatch, quick):
+    s, (pictures, captions, _) = tiny(cub.Settings), cub.draw_birds(16)["test"]
+    tokenizers = cub.text_tokenizers(s, captions)
+    tokens = cub.tokenise(tokenizers, [c for ten in captions for c in ten], s.tokens)
+    data = {"image": pictures, "caption": tokens.unflatten(0, (-1, 10))}
+    assert on_meta(monkeypatch, cub.build(s, tokenizers), data, cub.batch).device.type == "meta"
+
+
 @pytest.mark.parametrize("options", [
     {}, dict(weighting="likelihood"), dict(decoder="feedforward", family="mmvae")
 ])

@@ -177,8 +177,8 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens):
         tokens = tokens[:, 0]
-        h = self.bert(tokens, attention_mask=(tokens != self.bert.config.pad_token_id).long())
-        return self.linear(h.pooler_output).chunk(2, dim=-1)
+        words = (tokens != self.bert.config.pad_token_id)[:, None, None]  # (B, 1, 1, T)
+        return self.linear(self.bert(tokens, words).pooler_output).chunk(2, dim=-1)
 
 
 class TextDecoder(nn.Module):
