@@ -134,7 +134,6 @@ class VPSDE:
 
 # eps_model(x_t, t) -> ε̂; x ~ N(0, I). N evaluations: N − 1 steps, then x̂0 = (x − σ ε̂)/α at t_min
 
-@torch.no_grad()
 def ddim(eps_model, x, sde, steps):
     """DDIM (Song et al. 2021, Eq. 12 with η = 0), times uniform in t. x: (B, ...) -> (B, ...)."""
     t = torch.linspace(1, sde.t_min, steps, device=x.device)
@@ -146,7 +145,6 @@ def ddim(eps_model, x, sde, steps):
     return x
 
 
-@torch.no_grad()
 def euler_maruyama(eps_model, x, sde, steps):
     """Euler–Maruyama on the reverse SDE, times uniform in log-SNR. x: (B, ...) -> (B, ...).
 
@@ -241,6 +239,7 @@ class Diffusion(nn.Module):
         reconstruction = -0.5 * mean_1.shape[1] * (1 + math.log(2 * math.pi) - ell_0)
         return reconstruction - prior - score_matching
 
+    @torch.no_grad()
     def sample(self, z=None, n=None, noise=None, sampler=None, steps=None):
         """x ~ p(x|z), one for each row of z, (B, D), or n without z. noise: x_1, (B, *shape)."""
         default_sampler, default_steps = self.samplers[self.weighting]

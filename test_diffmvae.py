@@ -444,7 +444,8 @@ def test_each_weighting_samples_with_its_own_sampler():
     for same in (simple, velocity):
         assert torch.equal(same.sample(z, noise=noise), sampled)
     calls.clear()
-    assert bound.sample(z).shape == (2, 1) and len(calls) == 200
+    random = bound.sample(z)
+    assert random.shape == (2, 1) and not random.requires_grad and len(calls) == 200
     assert not torch.equal(bound.sample(z, noise=noise), bound.sample(z, noise=noise))  # random
     calls.clear()
     quick = bound.sample(z, noise=noise, sampler=dm.ddim, steps=3)
@@ -1111,7 +1112,7 @@ def test_bad_pictures_are_named(released, damage, message):
         celeba.read_faces(released, 16)
 
 
-def test_a_picture_needs_more_masks_than_the_skins(released):
+def test_the_skins_mask_alone_is_not_enough(released):
     for path in (released / "CelebAMask-HQ-mask-anno" / "0").glob("00003_[!s]*.png"):
         path.unlink()
     with refused("CelebAMask-HQ-mask-anno/0 has no mask of picture 3"):
@@ -1212,12 +1213,12 @@ def test_the_best_constant_is_learned_from_the_training_set():
 def test_nats_where_the_evidence_is_known():
     """Pixels N(0.2, ½²) that z does not touch, and an encoder that knows nothing."""
     encoder = dm.zeroed(dm.Encoder(nn.Flatten(), nn.Linear(12, 4)))
-    pixels = Normal(0.2, 0.5)
     likelihood = lambda zeros: Normal(zeros.view(-1, 3, 2, 2) + 0.2, 0.5)
     decoder = dm.FeedForward(dm.zeroed(nn.Linear(2, 12)), likelihood)
     test = {"image": torch.randint(0, 256, (50, 3, 2, 2), dtype=torch.uint8)}
     found = celeba.nats(dm.DiffMVAE({"image": encoder}, {"image": decoder}, "mvae"), test)
-    expected = pixels.log_prob(celeba.batch(test)["image"]).sum((1, 2, 3)).mean().item()
+    log_prob = Normal(0.2, 0.5).log_prob(celeba.batch(test)["image"])
+    expected = log_prob.sum((1, 2, 3)).mean().item()
     bits = -expected / 12 / math.log(2) + math.log2(127.5)
     terms = {"ELBO": expected, "image": expected, "KL": 0, "image, bits per dimension": bits}
     assert found == {term: {"nats": approx(v, rel=1e-5, abs=1e-6)} for term, v in terms.items()}
@@ -1464,11 +1465,12 @@ def test_captions_sum_to_one():
     assert_close(total, expected)
 
 
-def test_padding_never_counts():
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_never_counts(attention):
     decoder, z = tiny_gpt2(), torch.randn(2, 6)
     padded = nn.functional.pad(PAIR, (0, 2))
     assert_close(decoder.log_prob(padded, z), decoder.log_prob(PAIR, z))
-    encoder = cub.TextEncoder(tiny_bert(), 6).eval()
+    encoder = cub.TextEncoder(tiny_bert(attn_implementation=attention), 6).eval()
     nudge(encoder, 0.3)  # else its attention is too even to notice padding
     for one, other in zip(encoder(padded), encoder(PAIR)):
         assert one.shape == (2, 6)
@@ -1751,8 +1753,9 @@ def test_one_of_ten_captions_is_drawn():
 # ---- The scripts, as a user runs them ------------------------------------------------------------
 
 def on_meta(monkeypatch, pair, data, batch):
-    """A step of both stages where tensors have no values: to ask for one, for which a GPU's whole
-    queue would have to be waited for, is an error, and so is another device in between."""
+    """Losses, gradients and samples of both stages on tensors without values: to read one, for
+    which a GPU's whole queue is waited for, is an error, and so is arithmetic with another device.
+    """
     for module in (dm, cub):
         monkeypatch.setattr(module, "in_bf16", lambda network, *x: network(*x))  # not known there
     model, prior = (part.to("meta") for part in pair)
@@ -1866,6 +1869,14 @@ def test_command_line(tmp_path):
     assert re.fullmatch(r"train_celeba\.py: nowhere.* is missing: .*\n", done.stderr)
     flags = "--data --weighting --family --decoder --beta --prior-steps --device"
     assert set(flags.split()) <= set(re.findall(r"--[a-z-]+", run("--help").stdout))
+
+
+def test_what_is_for_faces_alone_is_refused_for_birds(monkeypatch, capsys):
+    for flags in (["--judge", "run"], ["--decoder", "none"]):
+        monkeypatch.setattr(sys, "argv", ["train_cub.py", *flags])
+        with pytest.raises(SystemExit, match="2"):
+            cub.Settings.parse("")
+        assert re.search(f"error: .*{flags[0]}", capsys.readouterr().err)
 
 
 def test_readme_examples(tmp_path, monkeypatch, capsys, quick):

@@ -113,7 +113,8 @@ def draw_face(a, rng, size):
     man, bald, smile, opened = a["Male"], a["Bald"], a["Smiling"], a["Mouth_Slightly_Open"]
     end, shoulder, neck, corner = (68, 47, 18, 10) if man else (108, 35, 10, 24)
     shade, brow = tuple(int(0.8 * c) for c in skin), tuple(c // 2 for c in hair)
-    black, white, lips = (0,) * 3, (255,) * 3, (205, 20, 55) if a["Heavy_Makeup"] else (176, 88, 84)
+    black, white = (0, 0, 0), (255, 255, 255)
+    lips = (205, 20, 55) if a["Heavy_Makeup"] else (176, 88, 84)
     top = dict(start=222, end=318) if a["Receding_Hairline"] else dict(start=200, end=340)
     bushy, grin, bend = a["Bushy_Eyebrows"], dict(start=10, end=170), dict(radius=corner)
     shapes = [  # (when, in_mask, shape, box, colour, options)

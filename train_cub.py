@@ -173,12 +173,14 @@ class TextEncoder(nn.Module):
     def __init__(self, bert, latent_dim):
         super().__init__()
         self.bert = bert
+        bert.set_attn_implementation("sdpa")  # whose mask is bool
         self.linear = spread(nn.Linear(bert.config.hidden_size, 2 * latent_dim, bias=False))
 
     def forward(self, tokens):
         tokens = tokens[:, 0]
-        words = (tokens != self.bert.config.pad_token_id)[:, None, None]  # (B, 1, 1, T)
-        return self.linear(self.bert(tokens, words).pooler_output).chunk(2, dim=-1)
+        mask = (tokens != self.bert.config.pad_token_id)[:, None, None]  # (B, 1, 1, T)
+        h = self.bert(tokens, attention_mask=mask).pooler_output
+        return self.linear(h).chunk(2, dim=-1)
 
 
 class TextDecoder(nn.Module):
