@@ -5,8 +5,8 @@ Gaussians; training draws subsets (MoPoE). Simple modalities have feed-forward d
 a diffusion decoder conditioned on z, whose denoising score-matching loss stands inside the ELBO. A
 second, small diffusion model learns the distribution of z for unconditional samples.
 
-The file follows the paper from top to bottom; README.md lists what is where, and all departures
-from its formulas, which are marked "Deviation" here. The notation:
+The file follows the paper from top to bottom. README.md lists what is where, and all departures
+from it; those from its equations are marked "Deviation" here. The notation:
 
     x_1 .. x_M    modalities                          z           latent, (B, D), p(z) = N(0, I)
     A, S, ω_A     a subset, their family, its weight  μ, log σ²   mu, logvar of an expert or product
@@ -88,7 +88,7 @@ def sample_gaussian(mu, logvar):
 
 @dataclass(frozen=True)
 class VPSDE:
-    """dx = −½ β(t) x dt + √β(t) dw on t ∈ [0, 1], β(t) linear (Song et al. 2021).
+    """dx = −½ β(t) x dt + √β(t) dw on t ∈ [0, 1], β(t) linear (Y. Song et al. 2021).
 
     q(x_t|x) = N(α(t) x, σ(t)² I) is the paper's q(x_t|x_0) with ᾱ_t = α(t)². Bound and samplers
     stop at t_min, where the noise left is 0.4 of an 8-bit grey level.
@@ -135,7 +135,7 @@ class VPSDE:
 # eps_model(x_t, t) -> ε̂; x ~ N(0, I). N evaluations: N − 1 steps, then x̂0 = (x − σ ε̂)/α at t_min
 
 def ddim(eps_model, x, sde, steps):
-    """DDIM (Song et al. 2021, Eq. 12 with η = 0), times uniform in t. x: (B, ...) -> (B, ...)."""
+    """DDIM (J. Song et al. 2021, Eq. 12 with η = 0), times uniform in t. x: (B, ...) -> (B, ...)."""
     t = torch.linspace(1, sde.t_min, steps, device=x.device)
     alpha, sigma = F.pad(sde.alpha(t), (0, 1), value=1.0), F.pad(sde.sigma(t), (0, 1))  # then t = 0
     for i in range(steps):
@@ -148,7 +148,7 @@ def ddim(eps_model, x, sde, steps):
 def euler_maruyama(eps_model, x, sde, steps):
     """Euler–Maruyama on the reverse SDE, times uniform in log-SNR. x: (B, ...) -> (B, ...).
 
-    dx = [−½ β x − β s_θ] dt + √β dw̄, backwards in t, with s_θ = −ε̂/σ (Song et al. 2021). On a
+    dx = [−½ β x − β s_θ] dt + √β dw̄, backwards in t, with s_θ = −ε̂/σ (Y. Song et al. 2021). On a
     grid uniform in t the last step would leave noise of √(βh), a dozen grey levels at 50 steps.
     """
     t = sde.time_at(torch.linspace(*sde.log_snr_ends(), steps, device=x.device))
@@ -492,8 +492,9 @@ class DiffMVAE(nn.Module):
 
     An encoder maps x_i to (mu, logvar), each (B, D). A decoder has log_prob(x_i, z) -> (B,), nats,
     sample(z) -> x_i, and every_subset = True if it is cheap enough to decode all subsets in a step.
-    prior_expert multiplies p(z) into every product, as MVAE does (§2) and §3.3 does not. weights,
-    {name: w_i}, scale the reconstructions, as in MoPoE; the bound has 1 everywhere.
+    prior_expert multiplies p(z) into every product, as MVAE does (§2) and §3.3 does not.
+    Deviation: beta weighs the KL, weights, {name: w_i}, the log p(x_i|z), as in MoPoE; Eq. 5 and
+    every bound have 1 everywhere.
     """
 
     def __init__(self, encoders, decoders, family="mopoe", beta=1.0, weights=None,
@@ -537,7 +538,7 @@ class DiffMVAE(nn.Module):
         return decoder.log_prob(x, z[torch.arange(batch, device=z.device), drawn])
 
     def elbo(self, x, A=None):
-        """Eq. 5 for x, a dict of all modalities: each decoder runs once, the KL is summed exactly.
+        """Eq. 5 for x, a dict of all modalities: each decoder runs once, the KL is exact.
 
         A: (M,) bool takes this subset alone in place of the family.
         """
@@ -668,7 +669,8 @@ def read_checkpoint(path):
     try:
         return torch.load(path, "cpu", weights_only=True, mmap=True)  # reads no more than is used
     except Exception as problem:  # torch has no class for what is not, or not all of, a checkpoint
-        raise InputError(f"{path} cannot be read: missing, or damaged; then remove it") from problem
+        state = "damaged: remove it" if path.exists() else "missing: that run has to be made first"
+        raise InputError(f"{path} is {state}") from problem
 
 
 def restore(path, settings, parts):

@@ -930,7 +930,7 @@ def test_what_would_fail_late_is_refused_at_once(tmp_path):
         with refused(message):
             dm.prepare(toy_options(**options))
     (run / "prior.pt").write_bytes((run / "model.pt").read_bytes()[:900])
-    with refused("prior.pt cannot be read: missing, or damaged"):
+    with refused("prior.pt is damaged: remove it"):
         dm.prepare(toy_options(run, steps=2))
 
 
@@ -1049,7 +1049,7 @@ def released(tmp_path):
     lines, mapping = ["3", " ".join(names)], ["idx orig_idx orig_file"]
     (folder / "CelebA-HQ-img").mkdir(parents=True)
     boxes = dict(hair=(0, 0, 32, 8), l_eye=(4, 4, 8, 16), skin=(0, 0, 32, 32))
-    for k, origin in ((3, 162_770), (2001, 182_637), (2, 182_638)):
+    for k, origin in ((3, 162_769), (2001, 162_770), (2, 182_637)):
         parts = folder / "CelebAMask-HQ-mask-anno" / str(k // 2000)
         parts.mkdir(parents=True, exist_ok=True)
         picture = Image.new("RGB", (64, 64), (10 * (k % 10), 100, 200))
@@ -1060,7 +1060,7 @@ def released(tmp_path):
             layer.save(parts / f"{k:05d}_{part}.png")
         values = ["1" if name in ("Smiling", "Other_3") or k == 2 else "-1" for name in names]
         lines.append(f"{k}.jpg " + " ".join(values))
-        mapping.append(f"{k} {origin} {origin:06d}.jpg")
+        mapping.append(f"{k} {origin} {origin + 1:06d}.jpg")
     (folder / ANNO).write_text("\n".join(lines) + "\n")
     (folder / MAPPING).write_text("\n".join(mapping) + "\n")
     return folder
@@ -1089,9 +1089,9 @@ def test_released_layout_is_read_back(released):
     (ANNO, "2001.jpg -1", "2001.jpg -1 -1", r"line 4 \(2001.jpg -1 -1.*is not as"),
     (ANNO, "2.jpg", "two.jpg", r"line 5 \(two.jpg"),
     (ANNO, "Smiling", "Smirking", "lacks Smiling"),
-    (MAPPING, "2001 182637 182637.jpg", "2001", r"mapping.txt, line 3 \(2001\) is not as"),
-    (MAPPING, "2 182638 182638.jpg", "", "mapping.txt lacks picture 2:"),
-    (MAPPING, "182638", "200", "lists no picture of CelebA's test split"),
+    (MAPPING, "2001 162770 162771.jpg", "2001", r"mapping.txt, line 3 \(2001\) is not as"),
+    (MAPPING, "2 182637 182638.jpg", "", "mapping.txt lacks picture 2:"),
+    (MAPPING, "182637", "200", "lists no picture of CelebA's test split"),
 ])
 def test_bad_tables_are_named(released, file, old, new, message):
     text = (released / file).read_text()
@@ -1347,9 +1347,10 @@ def test_report_is_mean_and_deviation_over_seeds(tmp_path, monkeypatch, capsys):
         (finished("fewer", family="mvae", judge="sup", measured=6), "in --judge or --measured"),
         (finished("other", family="mvae", judge="s", measured=7), "in --judge or --measured"),
         (finished("real", family="mvae", data="real"), "in --data or --size"),
-        ("nowhere", "is missing or"), (written("broken", "{"), "is missing or"),
-        (written("old", '{"settings": {"size": 16}}'), "is missing or"),
-        (written("none", "{}"), "is missing or"),
+        ("nowhere", "is missing, unfinished or"),
+        (written("broken", "{"), "is missing, unfinished or"),
+        (written("old", '{"settings": {"size": 16}}'), "is missing, unfinished or"),
+        (written("none", "{}"), "is missing, unfinished or"),
     ):
         with refused(f"^{run}/results.json .*{message}"):
             celeba.report(celeba.Settings(report=[*runs, run]))
@@ -1375,7 +1376,7 @@ def test_only_a_finished_supervised_run_on_such_pictures_judges(tmp_path, monkey
         (dict(judge="sup", size=32), "is no run of --decoder none"),
         (dict(judge="sup", data="real"), "is no run of --decoder none"),
         (dict(judge="half"), "half is not finished: run it again"),
-        (dict(judge="nowhere"), "cannot be read: missing"),
+        (dict(judge="nowhere"), "model.pt is missing: that run has"),
     ):
         with refused(message):
             celeba.load_judge(tiny(**options))

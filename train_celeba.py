@@ -30,7 +30,7 @@ from diffmvae import (
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
     Heavy_Makeup Male Mouth_Slightly_Open Mustache Pale_Skin Receding_Hairline Smiling Straight_Hair
     Wavy_Hair Wearing_Hat""".split()
-SPLITS = {"train": range(162_771), "test": range(182_638, 202_599)}  # indices in CelebA
+SPLITS = {"train": range(162_770), "test": range(182_637, 202_599)}  # indices in CelebA, from 0
 PARTS = """nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l
     neck cloth""".split()  # all but the skin
 
@@ -53,7 +53,7 @@ class Settings(Options):
     weight: float = option(None, "weight of log p(attributes|z) (default: 1 for a bound, or 10)")
     latent_dim: int = option(64, "dimensions of z, an even number squared", 256)
     patch: int = option(2, "side in pixels of what the UNet takes for one pixel", 1)
-    channels: int = option(32, "channels of the UNet at its first level", 128)
+    channels: int = option(32, "channels of the UNets at their first level", 128)
     multipliers: int = option([1, 2], "their multiple at each level", [1, 2, 2, 3, 4], nargs="+")
     attention: int = option(0, "side at which the UNet attends, besides its middle", 16)
     dropout: float = option(0.0, "in the UNet", 0.1, most=1)
@@ -69,7 +69,8 @@ class Settings(Options):
         super().__post_init__()
         diffusion = "Diff-MVAE" if self.weighting == "likelihood" else "Diff-MVAE*"
         kind = dict(diffusion=diffusion, feedforward="MoPoE*", none="Supervised")[self.decoder]
-        self.method = kind if self.family == "mopoe" else f"{kind}, {self.family}"
+        alone = kind == "Supervised" or self.family == "mopoe"
+        self.method = kind if alone else f"{kind}, {self.family}"
         self.is_bound = kind in ("Diff-MVAE", "MoPoE*")  # in nats
         usual = self.surrogate | ({"beta": 0.0} if kind == "Supervised" else {})
         for name, value in usual.items():
@@ -227,6 +228,7 @@ def decoded(cache, read, names):
 
 def read_faces(folder, size):
     """{split: {modality: uint8 (N, ...)}}, decoded once, then cached there; CelebA's own split."""
+    folder = Path(folder)
     anno, mapping = (folder / f"{name}.txt" for name in
                      ("CelebAMask-HQ-attribute-anno", "CelebA-HQ-to-CelebA-mapping"))
     for path in (anno, mapping, folder / "CelebAMask-HQ-mask-anno", folder / "CelebA-HQ-img"):
@@ -408,8 +410,8 @@ def nats(model, test):
 
 def draw(path, model, x, prior=None):
     """A picture for each example of x from each of GIVEN (§3.3) and, with the prior, from nothing
-    (§3.4): {given: (pictures, {modality: what they should show})}, which is what was given, or what
-    the other decoders make of the same z from nothing. Ten of each go into a PNG (Figures 5, 6).
+    (§3.4), ten of each also as a PNG (Figures 5, 6): {given: (pictures, shown)}. shown are the
+    modalities to agree with: those given or, from nothing, what the same z is decoded to.
     """
     z = {given: infer(model, x, given.split(" + ")) for given in GIVEN}
     z |= unconditional(prior, len(x["image"])) if prior else {}
@@ -455,7 +457,7 @@ def report(options):
             record = json.loads(path.read_text())
             s, found = type(options)(**record["settings"]), record["tables"]
         except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise InputError(f"{path} is missing or of another program: run it again") from problem
+            raise InputError(f"{path} is missing, unfinished or another program's") from problem
         own = s.shared("prior") | {"seed": None}
         alike = {"--data or --size": [own["data"], s.size], f"more than {s.method}'s --seed": own}
         alike |= {"--judge or --measured": [s.judge, s.measured]} if s.judge else {}
@@ -479,7 +481,7 @@ def run(s):
     if s.decoder == "none" and (s.judge or s.export):
         raise InputError("--decoder none draws no pictures: leave out --judge and --export")
     judge = load_judge(s) if s.judge else None
-    pair, data = build(s), read_faces(Path(s.data), s.size) if s.data else draw_faces(s.size)
+    pair, data = build(s), read_faces(s.data, s.size) if s.data else draw_faces(s.size)
     data = {split: {k: x.to(s.device) for k, x in part.items()} for split, part in data.items()}
     model, prior, seconds = train(s, data["train"], pair, batch, draw)
     torch.manual_seed(s.seed)

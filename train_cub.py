@@ -46,9 +46,9 @@ class Settings(train_celeba.Settings):
                           choices=("diffusion", "feedforward"))
     weight: float = option(None, "weight of log p(caption|z) (default: 1 for a bound, or 5)")
     latent_dim: int = option(64, "dimensions of z, an even number", 768)
-    channels: int = option(24, "channels of the UNet at its first level", 128)
+    channels: int = option(24, "channels of the UNets at their first level", 128)
     multipliers: int = option([1, 2], "their multiple at each level", [1, 2, 2, 4], nargs="+")
-    vae_rate: float = option(5e-4, "learning rate of all but the image's decoder", 5e-5)
+    vae_rate: float = option(5e-4, "learning rate of the encoders and the caption's decoder", 5e-5)
     text: str = option("small", "small: words, untrained; pretrained: from --bert and --gpt2",
                        "pretrained", choices=("small", "pretrained"))
     bert: str = option("bert-base-cased", "encoder of the text: name in the hub, or local folder")
@@ -141,6 +141,7 @@ def draw_birds(size):
 
 def read_birds(folder, size):
     """As draw_birds, but without factors; the pictures are decoded once, then cached there."""
+    folder = Path(folder)
     root, images = folder / "CUB_200_2011", folder / "CUB_200_2011" / "images"
     texts = folder / ("text" if (folder / "text").exists() else "text_c10")
     for path in (root / "images.txt", root / "train_test_split.txt", images, texts):
@@ -428,7 +429,7 @@ def run(s):
     if s.report:
         return show(train_celeba.report(s))
     clip = [pretrained(kind, s.clip) for kind in (hf.CLIPModel, hf.AutoTokenizer) if s.clip]
-    birds = read_birds(Path(s.data), s.size) if s.data else draw_birds(s.size)
+    birds = read_birds(s.data, s.size) if s.data else draw_birds(s.size)
     tokenizers, data = text_tokenizers(s, birds["train"][1]), {}
     for split, (pictures, captions, _) in birds.items():
         tokens = tokenise(tokenizers, [c for ten in captions for c in ten], s.tokens).to(s.device)
