@@ -1155,6 +1155,7 @@ def test_settings_of_the_bound_and_of_the_surrogate():
     ({}, "Diff-MVAE*"), (dict(weighting="simple"), "Diff-MVAE*"),
     (dict(weighting="likelihood"), "Diff-MVAE"), (dict(family="mvae"), "Diff-MVAE*, mvae"),
     (dict(decoder="feedforward"), "MoPoE*"), (dict(decoder="none"), "Supervised"),
+    (dict(decoder="none", family="mvae"), "Supervised"),
 ])
 def test_methods_have_the_names_of_the_paper(options, name):
     assert celeba.Settings(**options).method == name
@@ -1347,10 +1348,10 @@ def test_report_is_mean_and_deviation_over_seeds(tmp_path, monkeypatch, capsys):
         (finished("fewer", family="mvae", judge="sup", measured=6), "in --judge or --measured"),
         (finished("other", family="mvae", judge="s", measured=7), "in --judge or --measured"),
         (finished("real", family="mvae", data="real"), "in --data or --size"),
-        ("nowhere", "is missing, unfinished or"),
-        (written("broken", "{"), "is missing, unfinished or"),
-        (written("old", '{"settings": {"size": 16}}'), "is missing, unfinished or"),
-        (written("none", "{}"), "is missing, unfinished or"),
+        ("nowhere", "is missing or no run of this script"),
+        (written("broken", "{"), "is missing or no run of this script"),
+        (written("old", '{"settings": {"size": 16}}'), "is missing or no run of this script"),
+        (written("none", "{}"), "is missing or no run of this script"),
     ):
         with refused(f"^{run}/results.json .*{message}"):
             celeba.report(celeba.Settings(report=[*runs, run]))

@@ -457,7 +457,7 @@ def report(options):
             record = json.loads(path.read_text())
             s, found = type(options)(**record["settings"]), record["tables"]
         except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise InputError(f"{path} is missing, unfinished or another program's") from problem
+            raise InputError(f"{path} is missing or no run of this script: run it") from problem
         own = s.shared("prior") | {"seed": None}
         alike = {"--data or --size": [own["data"], s.size], f"more than {s.method}'s --seed": own}
         alike |= {"--judge or --measured": [s.judge, s.measured]} if s.judge else {}
