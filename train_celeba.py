@@ -1,6 +1,6 @@
 """Diff-MVAE on CelebAMask-HQ (§4.2): a face's image, mask and attributes, each from any other.
 
-    python train_celeba.py                         draws faces, 32 px: twelve minutes on two cores
+    python train_celeba.py                         draws faces, 32 px: ten minutes on two cores
     python train_celeba.py --data CelebAMask-HQ    the released data, 128 px, the paper's settings
 
 Trains Diff-MVAE (§3.2), then the latent prior (§3.4), measures (Table 3), draws (Figures 5, 6).
