@@ -135,7 +135,7 @@ class VPSDE:
 # eps_model(x_t, t) -> ε̂; x ~ N(0, I). N evaluations: N − 1 steps, then x̂0 = (x − σ ε̂)/α at t_min
 
 def ddim(eps_model, x, sde, steps):
-    """DDIM (J. Song et al. 2021, Eq. 12 with η = 0), times uniform in t. x: (B, ...) -> (B, ...)."""
+    """DDIM (J. Song et al. 2021, Eq. 12, η = 0), times uniform in t. x: (B, ...) -> (B, ...)."""
     t = torch.linspace(1, sde.t_min, steps, device=x.device)
     alpha, sigma = F.pad(sde.alpha(t), (0, 1), value=1.0), F.pad(sde.sigma(t), (0, 1))  # then t = 0
     for i in range(steps):
@@ -492,9 +492,8 @@ class DiffMVAE(nn.Module):
 
     An encoder maps x_i to (mu, logvar), each (B, D). A decoder has log_prob(x_i, z) -> (B,), nats,
     sample(z) -> x_i, and every_subset = True if it is cheap enough to decode all subsets in a step.
-    prior_expert multiplies p(z) into every product, as MVAE does (§2) and §3.3 does not.
-    Deviation: beta weighs the KL, weights, {name: w_i}, the log p(x_i|z), as in MoPoE; Eq. 5 and
-    every bound have 1 everywhere.
+    prior_expert multiplies p(z) into every product, as MVAE does (§2) and §3.3 does not. Deviation:
+    beta weighs the KL, and weights, {name: w_i}, the log p(x_i|z), as in MoPoE; Eq. 5 has only 1s.
     """
 
     def __init__(self, encoders, decoders, family="mopoe", beta=1.0, weights=None,
@@ -608,8 +607,9 @@ def option(drawn, help, real=None, least=None, most=math.inf, **flag):
     """A field of Options: its default for drawn data and, where that differs, for real data."""
     note = f" (default: {drawn})" if real is None else f" (default: {drawn} drawn, {real} real)"
     flag["help"] = help + note * (drawn not in (None, "", []))
-    defaults, least = (drawn, drawn if real is None else real), least or (1e-9 if drawn else 0)
-    return field(default=None, metadata=dict(defaults=defaults, ends=(least, most), flag=flag))
+    defaults = drawn, drawn if real is None else real
+    ends = least or (1e-9 if drawn else 0), most  # 0 is allowed where the default is 0 or none
+    return field(default=None, metadata=dict(defaults=defaults, ends=ends, flag=flag))
 
 
 @dataclass
