@@ -5,8 +5,9 @@ Gaussians; training draws subsets (MoPoE). Simple modalities have feed-forward d
 a diffusion decoder conditioned on z, whose denoising score-matching loss stands inside the ELBO. A
 second, small diffusion model learns the distribution of z for unconditional samples.
 
-The file follows the paper from top to bottom. README.md lists what is where, and all departures
-from it; those from its equations are marked "Deviation" here. The notation:
+The file follows the paper from top to bottom: sections 1 to 7 are the method, 8 to 10 what it takes
+to run it. README.md lists what is where, and all departures from the paper; those from its
+equations are marked "Deviation" here. The notation:
 
     x_1 .. x_M    modalities                          z           latent, (B, D), p(z) = N(0, I)
     A, S, ω_A     a subset, their family, its weight  μ, log σ²   mu, logvar of an expert or product
@@ -36,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.distributions import Bernoulli, Normal
+from torch.distributions import Bernoulli, Categorical, Normal
 from tqdm import tqdm
 
 # ---- 1  Gaussian algebra (§2, §3.2, §3.3) --------------------------------------------------------
@@ -69,14 +70,17 @@ def kl_divergence(mu, logvar, mu_p=None, logvar_p=None):
 
 
 def subsets(num_modalities, family="mopoe"):
-    """The family of §3.2, (S, M) bool: "mopoe" every non-empty subset, "mvae" only the full one,
+    """The family S of §3.2, (S, M) bool: "mopoe" every non-empty subset, "mvae" only the full one,
     "mmvae" the single modalities. All have the same weight ω_A = 1/S."""
     every = torch.tensor(list(itertools.product([False, True], repeat=num_modalities)))[1:]
-    size = every.sum(1)
-    families = {"mopoe": every, "mvae": every[size == num_modalities], "mmvae": every[size == 1]}
-    if family not in families:
-        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(families)}")
-    return families[family]
+    size = every.sum(1)  # (2^M − 1,)
+    if family == "mopoe":
+        return every
+    if family == "mvae":
+        return every[size.eq(num_modalities)]
+    if family == "mmvae":
+        return every[size.eq(1)]
+    raise ValueError(f"unknown family {family!r}: choose one of mopoe, mvae, mmvae")
 
 
 def sample_gaussian(mu, logvar):
@@ -91,7 +95,8 @@ class VPSDE:
     """dx = −½ β(t) x dt + √β(t) dw on t ∈ [0, 1], β(t) linear (Y. Song et al. 2021).
 
     q(x_t|x) = N(α(t) x, σ(t)² I) is the paper's q(x_t|x_0) with ᾱ_t = α(t)². Bound and samplers
-    stop at t_min, where the noise left is 0.4 of an 8-bit grey level.
+    stop at t_min. There σ = 0.0033, 0.4 of the step between two grey levels of 8 bits (2/255 on
+    [−1, 1]): a little more noise than rounding left, so that no density can profit from the levels.
     """
 
     beta_min: float = 0.1
@@ -132,17 +137,22 @@ class VPSDE:
 
 # ---- 3  Samplers (§4) ----------------------------------------------------------------------------
 
-# eps_model(x_t, t) -> ε̂; x ~ N(0, I). N evaluations: N − 1 steps, then x̂0 = (x − σ ε̂)/α at t_min
+# Both call eps_model(x_t, t) -> ε̂ at a scalar t and start from x ~ N(0, I) at t = 1. N evaluations
+# are N − 1 steps and, at t_min, the denoised x̂0 = (x − σ ε̂)/α.
 
 def ddim(eps_model, x, sde, steps):
-    """DDIM (J. Song et al. 2021, Eq. 12, η = 0), times uniform in t. x: (B, ...) -> (B, ...)."""
-    t = torch.linspace(1, sde.t_min, steps, device=x.device)
-    alpha, sigma = F.pad(sde.alpha(t), (0, 1), value=1.0), F.pad(sde.sigma(t), (0, 1))  # then t = 0
+    """DDIM (J. Song et al. 2021, Eq. 12 with η = 0). x: (B, ...) -> (B, ...).
+
+    Its times are quadratic, as its authors had them for CIFAR-10: short steps where noise is low.
+    """
+    t = torch.linspace(1, math.sqrt(sde.t_min), steps, device=x.device).square()  # (N,)
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
     for i in range(steps):
         eps = eps_model(x, t[i])
         x0 = (x - sigma[i] * eps) / alpha[i]
-        x = alpha[i + 1] * x0 + sigma[i + 1] * eps
-    return x
+        if i + 1 < steps:
+            x = alpha[i + 1] * x0 + sigma[i + 1] * eps
+    return x0
 
 
 def euler_maruyama(eps_model, x, sde, steps):
@@ -151,7 +161,8 @@ def euler_maruyama(eps_model, x, sde, steps):
     dx = [−½ β x − β s_θ] dt + √β dw̄, backwards in t, with s_θ = −ε̂/σ (Y. Song et al. 2021). On a
     grid uniform in t the last step would leave noise of √(βh), a dozen grey levels at 50 steps.
     """
-    t = sde.time_at(torch.linspace(*sde.log_snr_ends(), steps, device=x.device))
+    ell_1, ell_0 = sde.log_snr_ends()
+    t = sde.time_at(torch.linspace(ell_1, ell_0, steps, device=x.device))  # (N,)
     for i in range(steps - 1):
         h, beta = t[i] - t[i + 1], sde.g2(t[i])
         score = -eps_model(x, t[i]) / sde.sigma(t[i])
@@ -167,36 +178,48 @@ def stratified(n, device=None):
 
 
 def in_bf16(network, *inputs):
-    """network(*inputs) in bfloat16 on CUDA; its outputs and the mathematics around it are not."""
-    device = inputs[0].device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+    """network(*inputs); on CUDA it computes in bfloat16, and what comes out is float32 again."""
+    if inputs[0].device.type != "cuda":
+        return network(*inputs)
+    with torch.autocast("cuda", torch.bfloat16):
         out = network(*inputs)
-    widen = lambda o: o.float() if o.dtype == torch.bfloat16 else o
-    return widen(out) if torch.is_tensor(out) else tuple(map(widen, out))
+    if torch.is_tensor(out):
+        return out.float()
+    return tuple(part.float() for part in out)
 
 
 class Diffusion(nn.Module):
     """p(x|z) by denoising diffusion: the image decoder, and without z the latent prior.
 
-    net(x_t, ℓ, z) -> v with v like x_t, ℓ: (B,), z: (B, D) or None. shape: of one x.
+    net(x_t, ℓ, z) -> v with v like x_t, ℓ: (B,), z: (B, D) or None. shape: of one x. evaluations:
+    of the network for a sample, the table's if None.
 
                  weighting    λ(t) in Eq. 2   t uniform in   a bound, in nats   sampler, evaluations
-    Diff-MVAE    likelihood   g(t)²           log-SNR        yes                Euler–Maruyama, 200
-    Diff-MVAE*   simple       σ(t)², Eq. 1    t              no, a surrogate    DDIM, 50
-    Diff-MVAE*   velocity     σ(t)²/α(t)²     t              no, a surrogate    DDIM, 50
+    Diff-MVAE    likelihood   g(t)²           log-SNR ℓ      yes                Euler–Maruyama, 200
+    Diff-MVAE*   simple       σ(t)², Eq. 1    t              no, a surrogate    DDIM, 20
+    Diff-MVAE*   velocity     σ(t)²/α(t)²     angle φ        no, a surrogate    DDIM, 20
 
-    Deviation: the paper gives Diff-MVAE* λ = 1. In Eq. 2 that would weigh small t still more than
-    g² does; the works it cites have λ = 1 on Eq. 1's ε-loss: "simple". "velocity" has it on the
-    network's own output, ‖v − v̂‖², and learns what is settled where α is small far sooner.
+    with α = cos φ, σ = sin φ. Deviation: the paper gives Diff-MVAE* λ = 1. In Eq. 2 that would
+    weigh small t still more than g² does; the works it cites have λ = 1 on Eq. 1's ε-loss:
+    "simple". "velocity" has it on the network's own output, ‖v − v̂‖² (Salimans and Ho 2022), and
+    spends less on times that are almost pure noise: half of all t have α² < 0.08.
     """
 
-    samplers = {"likelihood": (euler_maruyama, 200), "simple": (ddim, 50), "velocity": (ddim, 50)}
+    samplers = {"likelihood": (euler_maruyama, 200), "simple": (ddim, 20), "velocity": (ddim, 20)}
 
-    def __init__(self, net, shape, sde=VPSDE(), weighting="likelihood"):
+    def __init__(self, net, shape, sde=VPSDE(), weighting="likelihood", evaluations=None):
         super().__init__()
         if weighting not in self.samplers:
             raise ValueError(f"unknown weighting {weighting!r}: choose from {list(self.samplers)}")
-        self.net, self.shape, self.sde, self.weighting = net, tuple(shape), sde, weighting
+        self.net = net
+        self.shape = tuple(shape)
+        self.sde = sde
+        self.weighting = weighting
+        self.evaluations = evaluations
+
+    def over_pictures(self, t):
+        """(B,) -> (B, 1, ...), to multiply x."""
+        return t.view(-1, *[1] * len(self.shape))
 
     def predict_eps(self, x_t, z, t):
         """ε̂ = σ x_t + α v: the network's v is the velocity α ε − σ x. t: (B,) -> ε̂ like x_t.
@@ -204,50 +227,85 @@ class Diffusion(nn.Module):
         Deviation: the paper does not say what its network outputs. v leaves Eqs. 1 and 2 as they
         are, starts (v = 0) as the exact denoiser of N(0, I), and keeps x̂0 finite at high noise.
         """
-        t_ = t.view(-1, *[1] * len(self.shape))  # (B, 1, ...)
         v = in_bf16(self.net, x_t, self.sde.log_snr(t), z)
-        return self.sde.sigma(t_) * x_t + self.sde.alpha(t_) * v
+        t = self.over_pictures(t)  # (B, 1, ...)
+        return self.sde.sigma(t) * x_t + self.sde.alpha(t) * v
 
     def error(self, x, z, t, eps):
-        """‖ε − ε̂_θ(α x + σ ε, z, t)‖², of Eqs. 1, 2, 5. x, eps: (B, *shape), t: (B,) -> (B,)."""
-        t_ = t.view(-1, *[1] * len(self.shape))
+        """‖ε − ε̂_θ(α x + σ ε, z, t)‖², of Eqs. 1, 2, 5. x, eps: (B, *shape), t: (B,) -> (B,).
+
+        The step from Eq. 2's scores to noise: ∇ log q(x_t|x) = −ε/σ and s_θ = −ε̂/σ, so that
+        ‖∇ log q − s_θ‖² = ‖ε − ε̂‖²/σ².
+        """
+        t_ = self.over_pictures(t)
         x_t = self.sde.alpha(t_) * x + self.sde.sigma(t_) * eps
         return (eps - self.predict_eps(x_t, z, t)).square().flatten(1).sum(1)
 
+    def draw_times(self, n, device):
+        """(n,) times, each uniform on [t_min, 1] in what the table says."""
+        ell_1, ell_0 = self.sde.log_snr_ends()
+        u = stratified(n, device)
+        if self.weighting == "likelihood":
+            return self.sde.time_at(ell_1 + (ell_0 - ell_1) * u)
+        if self.weighting == "simple":
+            return self.sde.t_min + (1 - self.sde.t_min) * u
+        phi_0, phi_1 = math.atan(math.exp(-ell_0 / 2)), math.atan(math.exp(-ell_1 / 2))
+        phi = phi_0 + (phi_1 - phi_0) * u  # tan φ = σ/α = e^(−ℓ/2)
+        return self.sde.time_at(-2 * phi.tan().log())
+
     def log_prob(self, x, z=None, t=None, eps=None):
-        """An estimate of a lower bound b(x, z) ≤ log p(x|z) in nats, x: (B, *shape) -> (B,).
+        """An estimate of a lower bound b(x, z) ≤ log p(x|z) in nats, or of what stands for it.
+
+        x: (B, *shape), z: (B, D) -> (B,). The surrogates are −½ E‖ε − ε̂‖² ("simple") and
+        −½ E‖v − v̂‖² = −½ E‖ε − ε̂‖²/α² ("velocity"). t: (B,) and eps are given only to test it.
+        """
+        eps = torch.randn_like(x) if eps is None else eps
+        t = self.draw_times(len(x), x.device) if t is None else t
+        error = self.error(x, z, t, eps)  # (B,)
+        if self.weighting == "likelihood":
+            return self.bound(x, error)
+        if self.weighting == "simple":
+            return -0.5 * error
+        return -0.5 * error / self.sde.alpha(t).square()
+
+    def bound(self, x, error):
+        """b(x, z) of Eq. 2 with λ = g², given ‖ε − ε̂‖² at times uniform in log-SNR: (B,) -> (B,).
 
         b = −KL(q(x_1|x) ‖ N(0, I)) + E log N(x; x_t0/α, σ²/α² I) − ½ ∫ g²/σ² E‖ε − ε̂‖² dt
 
-        The integral, from t0 = t_min to 1, is Eq. 2. Since g²/σ² = −dℓ/dt it is
-        ½ (ℓ(t0) − ℓ(1)) times the mean error over times uniform in log-SNR. The surrogates are
-        −½ E‖ε − ε̂‖² ("simple") and −½ E‖v − v̂‖² = −½ E‖ε − ε̂‖²/α² ("velocity").
+        The integral, from t0 = t_min to 1, is Eq. 2. Since g²/σ² = −dℓ/dt it is (ℓ(t0) − ℓ(1))
+        times the mean error over times uniform in ℓ. The second term needs no network: x − x_t0/α
+        is noise of just that variance, so it is −½ (1 + log 2π σ²/α²) a dimension.
         Deviation: Eq. 5 leaves out the first two terms and adds the third, where it must subtract.
         """
-        eps = torch.randn_like(x) if eps is None else eps
-        u = stratified(len(x), x.device)  # (B,)
-        if self.weighting != "likelihood":
-            t = self.sde.t_min + (1 - self.sde.t_min) * u if t is None else t
-            weight = 1 if self.weighting == "simple" else self.sde.alpha(t) ** -2
-            return -0.5 * weight * self.error(x, z, t, eps)
         ell_1, ell_0 = self.sde.log_snr_ends()
-        t = self.sde.time_at(ell_1 + (ell_0 - ell_1) * u) if t is None else t
-        score_matching = 0.5 * (ell_0 - ell_1) * self.error(x, z, t, eps)
         one = x.new_ones(())
-        mean_1, logvar_1 = self.sde.alpha(one) * x.flatten(1), 2 * self.sde.sigma(one).log()
-        prior = kl_divergence(mean_1, logvar_1)
+        mean_1 = self.sde.alpha(one) * x.flatten(1)  # (B, d)
+        logvar_1 = 2 * self.sde.sigma(one).log()
+        prior = kl_divergence(mean_1, logvar_1)  # (B,)
         reconstruction = -0.5 * mean_1.shape[1] * (1 + math.log(2 * math.pi) - ell_0)
+        score_matching = 0.5 * (ell_0 - ell_1) * error  # (B,)
         return reconstruction - prior - score_matching
 
     @torch.no_grad()
     def sample(self, z=None, n=None, noise=None, sampler=None, steps=None):
-        """x ~ p(x|z), one for each row of z, (B, D), or n without z. noise: x_1, (B, *shape)."""
+        """x ~ p(x|z), one for each row of z, (B, D), or n without z. noise: x_1, (B, *shape);
+        steps: evaluations of the network, at least 1."""
         default_sampler, default_steps = self.samplers[self.weighting]
+        if sampler is None:
+            sampler = default_sampler
+        if steps is None:
+            steps = default_steps if self.evaluations is None else self.evaluations
+        if steps < 1:
+            raise ValueError(f"{steps} steps: give at least 1")
         if noise is None:
             device = next(self.parameters()).device if z is None else z.device
             noise = torch.randn(n if z is None else len(z), *self.shape, device=device)
-        model = lambda x_t, t: self.predict_eps(x_t, z, t.expand(len(x_t)))
-        return (sampler or default_sampler)(model, noise, self.sde, steps or default_steps)
+
+        def eps_model(x_t, t):
+            return self.predict_eps(x_t, z, t.expand(len(x_t)))
+
+        return sampler(eps_model, noise, self.sde, steps)
 
 
 # ---- 5  Networks (§4.1, §4.2) --------------------------------------------------------------------
@@ -268,12 +326,25 @@ def zeroed(layer):
     return layer
 
 
+class EmbedLogSNR(nn.Sequential):
+    """ℓ, (B,), as sines and cosines of many frequencies, then two layers -> (B, size)."""
+
+    def __init__(self, width, size):
+        super().__init__(nn.Linear(2 * (width // 2), size), nn.SiLU(), nn.Linear(size, size))
+        self.register_buffer("frequencies", torch.linspace(-4, 4, width // 2).exp2(), False)
+
+    def forward(self, log_snr):
+        angles = log_snr[:, None] * self.frequencies  # (B, width/2)
+        return super().forward(torch.cat([angles.sin(), angles.cos()], dim=1))
+
+
 class Attention(nn.Module):
     """Self-attention over positions: x + proj(softmax(q kᵀ/√d) v). (B, C, ...) -> (B, C, ...)"""
 
     def __init__(self, channels, heads):
         super().__init__()
-        self.heads, self.norm = heads, group_norm(channels)
+        self.heads = heads
+        self.norm = group_norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = zeroed(nn.Linear(channels, channels))
 
@@ -292,8 +363,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, dims, c_in, c_out, embedding=0, dropout=0.0, heads=0):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), CONV[dims](c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(c_out), CONV[dims](c_out, c_out, 3, padding=1)
+        self.norm1 = group_norm(c_in)
+        self.conv1 = CONV[dims](c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = CONV[dims](c_out, c_out, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * c_out) if embedding else None
         self.dropout = nn.Dropout(dropout)
         self.skip = CONV[dims](c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -311,7 +384,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """v(x_t, ℓ, z) in 1-D (CUB's latent prior) or 2-D (images, CelebA's latent prior).
+    """v(x_t, ℓ, z) in 2-D (images, the paper's latent prior of CelebA) or 1-D (that of CUB).
 
     x: (B, channels, size) or (B, channels, size, size), size divisible by patch · 2^(levels − 1).
     log_snr: (B,). z: (B, z_dim), or None if z_dim = 0. Both condition every block by adaptive group
@@ -323,61 +396,121 @@ class UNet(nn.Module):
     def __init__(self, dims, channels, size, width, multipliers, blocks=2, attention=(), heads=8,
                  dropout=0.0, z_dim=0, patch=1):
         super().__init__()
-        widths, c, e = [width * m for m in multipliers], width, max(256, 4 * width)
-        here = lambda level: heads if level in attention else 0
-        block = lambda c_in, c_out, level: ResBlock(dims, c_in, c_out, e, dropout, here(level))
-        self.register_buffer("frequencies", torch.linspace(-4, 4, width // 2).exp2(), False)
-        self.embed_time = nn.Sequential(nn.Linear(2 * (width // 2), e), nn.SiLU(), nn.Linear(e, e))
-        self.embed_z = nn.Linear(z_dim, e) if z_dim else None
-        self.guess = nn.Linear(z_dim, channels * size**dims) if z_dim else None
-        self.stem = CONV[dims]((1 + bool(z_dim)) * channels, c, patch + 2, stride=patch, padding=1)
-        self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [c]
+        conv = CONV[dims]
+        widths = [width * m for m in multipliers]
+        embedding = max(256, 4 * width)
+        last = len(widths) - 1
+
+        def block(c_in, c_out, heads):
+            return ResBlock(dims, c_in, c_out, embedding, dropout, heads)
+
+        self.embed_time = EmbedLogSNR(width, embedding)
+        self.embed_z, self.guess = None, None
+        inputs = channels
+        if z_dim:
+            self.embed_z = nn.Linear(z_dim, embedding)
+            self.guess = nn.Linear(z_dim, channels * size**dims)
+            inputs = 2 * channels
+        self.stem = conv(inputs, width, patch + 2, stride=patch, padding=1)
+
+        c = width
+        skips = [c]  # the channels of all that forward keeps for the way up
+        self.down = nn.ModuleList()
         for level, w in enumerate(widths):
-            stage = nn.ModuleList(block(c if i == 0 else w, w, level) for i in range(blocks))
-            last = level == len(widths) - 1
-            halve = None if last else CONV[dims](w, w, 3, stride=2, padding=1)
+            attending = heads if level in attention else 0
+            stage = nn.ModuleList()
+            for _ in range(blocks):
+                stage.append(block(c, w, attending))
+                skips.append(w)
+                c = w
+            halve = None
+            if level < last:
+                halve = conv(w, w, 3, stride=2, padding=1)
+                skips.append(w)
             self.down.append(nn.ModuleList([stage, halve]))
-            skips += [w] * (blocks + (not last))
-            c = w
-        self.middle = nn.ModuleList(ResBlock(dims, c, c, e, dropout, h) for h in (heads, 0))
+
+        self.middle = nn.ModuleList([block(c, c, heads), block(c, c, 0)])
+
+        self.up = nn.ModuleList()
         for level, w in reversed(list(enumerate(widths))):
+            attending = heads if level in attention else 0
             stage = nn.ModuleList()
             for _ in range(blocks + 1):
-                stage.append(block(c + skips.pop(), w, level))
+                stage.append(block(c + skips.pop(), w, attending))
                 c = w
-            double = CONV[dims](w, w, 3, padding=1) if level else None
+            double = conv(w, w, 3, padding=1) if level > 0 else None
             self.up.append(nn.ModuleList([stage, double]))
+
         output = zeroed(TRANSPOSED[dims](c, channels, patch + 2, stride=patch, padding=1))
         self.out = nn.Sequential(group_norm(c), nn.SiLU(), output)
 
     def forward(self, x, log_snr, z=None):
-        angles = log_snr[:, None] * self.frequencies  # (B, width/2)
-        e = self.embed_time(torch.cat([angles.sin(), angles.cos()], dim=1))  # (B, embedding)
+        e = self.embed_time(log_snr)  # (B, embedding)
         if z is not None:
-            e, x = e + self.embed_z(z), torch.cat([x, self.guess(z).view_as(x)], dim=1)
-        e, h = F.silu(e), self.stem(x)
+            e = e + self.embed_z(z)
+            x = torch.cat([x, self.guess(z).view_as(x)], dim=1)  # (B, 2 channels, ...)
+        e = F.silu(e)
+        h = self.stem(x)
         skips = [h]
-        for stage, downsample in self.down:
+        for stage, halve in self.down:
             for block in stage:
                 h = block(h, e)
                 skips.append(h)
-            if downsample is not None:
-                h = downsample(h)
+            if halve is not None:
+                h = halve(h)
                 skips.append(h)
         for block in self.middle:
             h = block(h, e)
-        for stage, upsample in self.up:
+        for stage, double in self.up:
             for block in stage:
                 h = block(torch.cat([h, skips.pop()], dim=1), e)
-            if upsample is not None:
-                h = upsample(F.interpolate(h, scale_factor=2))
+            if double is not None:
+                h = double(F.interpolate(h, scale_factor=2))
+        return self.out(h)
+
+
+class MLPBlock(nn.Module):
+    """h + linear(silu((1 + s) LN(h) + b)), s and b linear in e. h: (B, width), e: (B, embedding)."""
+
+    def __init__(self, width, embedding):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.modulation = nn.Linear(embedding, 2 * width)
+        self.linear = zeroed(nn.Linear(width, width))
+
+    def forward(self, h, e):
+        scale, shift = self.modulation(e).chunk(2, dim=1)
+        return h + self.linear(F.silu((1 + scale) * self.norm(h) + shift))
+
+
+class ResidualMLP(nn.Module):
+    """v(z_t, ℓ) for the latent prior. x: (B, D), log_snr: (B,); z is not used.
+
+    Deviation: the paper has UNets here. The dimensions of z have no order and no neighbours, so a
+    convolution cannot tell one from another; diffusion autoencoders (Preechakul et al. 2022) have
+    an MLP for the same purpose.
+    """
+
+    def __init__(self, size, width, blocks):
+        super().__init__()
+        self.embed_time = EmbedLogSNR(32, 64)
+        self.stem = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(MLPBlock(width, 64) for _ in range(blocks))
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), zeroed(nn.Linear(width, size)))
+
+    def forward(self, x, log_snr, z=None):
+        e = F.silu(self.embed_time(log_snr))  # (B, 64)
+        h = self.stem(x)  # (B, width)
+        for block in self.blocks:
+            h = block(h, e)
         return self.out(h)
 
 
 def spread(linear):
     """The last layer of an encoder with the means' weights eight times as large as usual, for z to
     start about as wide as N(0, I): decoders then see sooner what is in it."""
-    linear.weight.data.chunk(2)[0].mul_(8)
+    means, _ = linear.weight.data.chunk(2)
+    means.mul_(8)
     return linear
 
 
@@ -400,7 +533,7 @@ class ConvEncoder(Encoder):
 
     def __init__(self, channels, size, latent_dim, widths):
         layers = [nn.Conv2d(channels, widths[0], 5, padding=2), nn.AvgPool2d(2)]
-        for c_in, c_out in zip(widths, widths[1:]):
+        for c_in, c_out in itertools.pairwise(widths):
             layers += [ResBlock(2, c_in, c_out), nn.AvgPool2d(2)]
         side, c = size // 2 ** len(widths), widths[-1]
         layers += [ResBlock(2, c, c), group_norm(c), nn.SiLU(), nn.Flatten()]
@@ -415,7 +548,7 @@ class ConvDecoder(nn.Sequential):
         shape = (widths[-1], side, side)
         layers = [nn.Linear(latent_dim, math.prod(shape)), nn.Unflatten(1, shape)]
         layers += [ResBlock(2, widths[-1], widths[-1])]
-        for c_in, c_out in zip(widths[::-1], widths[-2::-1]):
+        for c_in, c_out in itertools.pairwise(widths[::-1]):
             layers += [nn.Upsample(scale_factor=2), ResBlock(2, c_in, c_out)]
         layers += [nn.Upsample(scale_factor=2), group_norm(widths[0]), nn.SiLU()]
         super().__init__(*layers, nn.Conv2d(widths[0], channels, 5, padding=2))
@@ -423,7 +556,9 @@ class ConvDecoder(nn.Sequential):
 
 def mlp(*widths):
     """Linear layers of these widths with SiLU between them."""
-    layers = [layer for w in zip(widths, widths[1:]) for layer in (nn.Linear(*w), nn.SiLU())]
+    layers = []
+    for w_in, w_out in itertools.pairwise(widths):
+        layers += [nn.Linear(w_in, w_out), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -452,7 +587,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, net, likelihood):
         super().__init__()
-        self.net, self.likelihood = net, likelihood
+        self.net = net
+        self.likelihood = likelihood
 
     def log_prob(self, x, z):
         """log p(x|z) in nats, summed over dimensions: (B, ...), (B, D) -> (B,)."""
@@ -464,12 +600,16 @@ class FeedForward(nn.Module):
 
         What varies is in z; sampling p(x|z) would only lay independent noise on every pixel.
         """
-        return self.likelihood(in_bf16(self.net, z)).mean
+        p = self.likelihood(in_bf16(self.net, z))
+        if isinstance(p, Categorical):
+            raise ValueError("a Categorical has no mean: give x one-hot and a OneHotCategorical")
+        return p.mean
 
 
 @dataclass
 class ELBO:
-    """The terms of Eq. 5 for each example, in nats, averaged over the subsets."""
+    """The terms of Eq. 5 for each example, averaged over the subsets. They are nats where every
+    decoder's log_prob is: not under the surrogates of Diffusion."""
 
     log_prob: dict  # {modality: (B,)}, log p(x_i|z), or its bound where the decoder is a diffusion
     kl: torch.Tensor  # (B,), KL(q(z|x_A) ‖ p(z))
@@ -479,12 +619,36 @@ class ELBO:
     @property
     def total(self):
         """Σ_i w_i log p(x_i|z) − β KL, (B,)."""
-        terms = (self.weights.get(name, 1) * term for name, term in self.log_prob.items())
+        terms = [self.weights.get(name, 1) * term for name, term in self.log_prob.items()]
         return sum(terms) - self.beta * self.kl
 
-    def terms(self, name="ELBO"):
-        """{name: total, each modality, "KL"}, all (B,); give a surrogate another name."""
-        return {name: self.total, **self.log_prob, "KL": self.kl}
+    def terms(self, objective="ELBO"):
+        """{objective: total, each modality, "KL"}, all (B,); give a surrogate another name."""
+        return {objective: self.total, **self.log_prob, "KL": self.kl}
+
+
+def mean_where(counts, values):
+    """The mean of values (B, S) over those that count, (B, S) bool -> (B,); 0 where none does."""
+    return (values * counts).sum(1) / counts.sum(1).clamp(min=1)
+
+
+def without_gaps(x, observed):
+    """x with zeros for what is not observed: nothing of that, NaN or other, goes on from here."""
+    filled = dict(x)
+    for name in x.keys() & observed.keys():
+        there = observed[name].view(-1, *[1] * (x[name].ndim - 1))  # (B, 1, ...)
+        filled[name] = torch.where(there, x[name], 0)
+    return filled
+
+
+def remaining(family, there):
+    """A ∩ observed for each A and example, (S, M), (B, M) bool -> (B, S, M), and which count, (B, S).
+
+    What is empty by that does not count. All that is there stands in its place, to be computable.
+    """
+    present = family & there[:, None]  # (B, S, M)
+    counts = present.any(-1) | ~family.any(-1)  # (B, S)
+    return torch.where(counts[..., None], present, there[:, None]), counts
 
 
 class DiffMVAE(nn.Module):
@@ -494,21 +658,42 @@ class DiffMVAE(nn.Module):
     sample(z) -> x_i, and every_subset = True if it is cheap enough to decode all subsets in a step.
     prior_expert multiplies p(z) into every product, as MVAE does (§2) and §3.3 does not. Deviation:
     beta weighs the KL, and weights, {name: w_i}, the log p(x_i|z), as in MoPoE; Eq. 5 has only 1s.
+
+    Examples may lack modalities: observed, {name: (B,) bool}, says which have one (all, of a name
+    that is not in it). In its gaps x may hold anything. Each A becomes A ∩ observed, and only what
+    is observed is reconstructed: then Eq. 5 bounds log p(x_observed).
     """
 
     def __init__(self, encoders, decoders, family="mopoe", beta=1.0, weights=None,
                  prior_expert=False):
         super().__init__()
-        self.encoders, self.decoders = nn.ModuleDict(encoders), nn.ModuleDict(decoders)
+        reserved = {"ELBO", "surrogate", "KL"} & {*encoders, *decoders}
+        if reserved:
+            raise ValueError(f"{min(reserved)} is the name of a term: call the modality otherwise")
+        self.encoders = nn.ModuleDict(encoders)
+        self.decoders = nn.ModuleDict(decoders)
         self.register_buffer("subsets", subsets(len(encoders), family), persistent=False)  # (S, M)
-        self.beta, self.weights, self.prior_expert = beta, weights or {}, prior_expert
+        self.beta = beta
+        self.weights = {} if weights is None else weights
+        self.prior_expert = prior_expert
 
-    def experts(self, x):
-        """q(z|x_i) for each modality in x, a dict: mu, logvar, each (B, M, D)."""
-        if unknown := x.keys() - self.encoders.keys():
+    def experts(self, x, observed):
+        """q(z|x_i) for each modality in x: mu, logvar (B, M, D), and which are there, (B, M)."""
+        unknown = x.keys() - self.encoders.keys()
+        if unknown:
             raise ValueError(f"no encoder for {sorted(unknown)}: there are {list(self.encoders)}")
-        pairs = [in_bf16(encoder, x[name]) for name, encoder in self.encoders.items() if name in x]
-        return (torch.stack(parameter, dim=1) for parameter in zip(*pairs))
+        means, logvars, there = [], [], []
+        for name in self.encoders:
+            if name in x:
+                mu, logvar = in_bf16(self.encoders[name], x[name])  # (B, D) each
+                means.append(mu)
+                logvars.append(logvar)
+                everywhere = torch.ones(len(mu), dtype=torch.bool, device=mu.device)
+                there.append(observed.get(name, everywhere))
+        there = torch.stack(there, dim=1)  # (B, M)
+        if observed and not self.prior_expert and not there.any(1).all():
+            raise ValueError("an example has nothing observed: only the prior expert allows that")
+        return torch.stack(means, dim=1), torch.stack(logvars, dim=1), there
 
     def fuse(self, mu, logvar, present):
         """q(z|x_A) ∝ ∏_{i∈A} q(z|x_i), with p(z) if prior_expert: (..., M, D) -> (..., D)."""
@@ -517,50 +702,91 @@ class DiffMVAE(nn.Module):
             present = F.pad(present, (0, 1), value=True)
         return product_of_experts(mu, logvar, present)
 
-    def posterior(self, x):
+    def posterior(self, x, observed=None):
         """q(z|x_o) given the observed modalities x, a dict (§3.3): mu, logvar, each (B, D)."""
         if not x:
             raise ValueError("nothing is observed: give at least one modality, or sample the prior")
-        mu, logvar = self.experts(x)  # (B, |o|, D)
-        return self.fuse(mu, logvar, mu.new_ones(mu.shape[:2], dtype=torch.bool))
+        observed = {} if observed is None else observed
+        return self.fuse(*self.experts(without_gaps(x, observed), observed))
 
-    def reconstruction(self, decoder, x, z):
-        """An unbiased estimate of Σ_A ω_A E log p(x|z_A), z: (B, S, D) -> (B,).
+    def divergence(self, mu, logvar, expert_mu, expert_logvar):
+        """KL(q(z|x_A) ‖ p(z)) of the products (B, S, D); the experts (B, M, D) are for MVTCAE."""
+        return kl_divergence(mu, logvar)  # (B, S)
 
-        Cheap decoders decode every subset; the others one, drawn uniformly for each example.
+    def reconstruction(self, decoder, x, z, counts, exact):
+        """Σ_A ω_A E log p(x|z_A), or an unbiased estimate: z: (B, S, D), counts: (B, S) -> (B,).
+
+        Cheap decoders decode every subset; the others, if not exact, one, drawn for each example.
         """
         batch, size, _ = z.shape
+        if exact:
+            each = [decoder.log_prob(x, z[:, s]) for s in range(size)]
+            return mean_where(counts, torch.stack(each, dim=1))
         if getattr(decoder, "every_subset", False):
             x = x.repeat_interleave(size, dim=0)  # (B S, ...)
-            return decoder.log_prob(x, z.flatten(0, 1)).view(batch, size).mean(1)
-        drawn = (size * stratified(batch, z.device)).long().clamp(max=size - 1)  # (B,)
+            return mean_where(counts, decoder.log_prob(x, z.flatten(0, 1)).view(batch, size))
+        number = (counts.sum(1) * stratified(batch, z.device)).long()  # (B,) of those that count
+        drawn = (counts.cumsum(1) > number[:, None]).int().argmax(1)  # (B,) of all
         return decoder.log_prob(x, z[torch.arange(batch, device=z.device), drawn])
 
-    def elbo(self, x, A=None):
-        """Eq. 5 for x, a dict of all modalities: each decoder runs once, the KL is exact.
+    def elbo(self, x, observed=None, A=None, exact=False):
+        """Eq. 5 for x, {name: (B, ...)}: each decoder runs once, the KL is exact.
 
-        A: (M,) bool takes this subset alone in place of the family.
+        A Gaussian's KL needs no decoder, so it is averaged over all subsets: a mean over A of bounds
+        on log p(x) is a bound, and what can be summed need not be drawn. exact: every decoder runs
+        for every subset. A: (M,) bool takes this subset alone in place of the family.
         """
         if A is not None and not (A.any() or self.prior_expert):
             raise ValueError("A is empty: only the prior expert allows a subset of nothing")
+        observed = {} if observed is None else observed
+        x = without_gaps(x, observed)
         family = self.subsets if A is None else A[None].to(self.subsets)  # (S, M)
-        mu, logvar = self.experts({name: x[name] for name in self.encoders})  # (B, M, D)
-        mu, logvar = self.fuse(mu[:, None], logvar[:, None], family)  # (B, S, D)
-        kl = kl_divergence(mu, logvar).mean(1)  # (B,)  Σ_A ω_A KL(q(z|x_A) ‖ p(z))
+        experts = self.experts({name: x[name] for name in self.encoders}, observed)
+        expert_mu, expert_logvar, there = experts  # (B, M, D) twice, (B, M)
+        present, counts = remaining(family, there)  # (B, S, M), (B, S)
+        mu, logvar = self.fuse(expert_mu[:, None], expert_logvar[:, None], present)  # (B, S, D)
+        divergence = self.divergence(mu, logvar, expert_mu, expert_logvar)  # (B, S)
+        kl = mean_where(counts, divergence)  # (B,)  Σ_A ω_A KL(q(z|x_A) ‖ p(z))
         z = sample_gaussian(mu, logvar)  # (B, S, D)
-        log_prob = {name: self.reconstruction(d, x[name], z) for name, d in self.decoders.items()}
+        log_prob = {}
+        for name, decoder in self.decoders.items():
+            term = self.reconstruction(decoder, x[name], z, counts, exact)  # (B,)
+            log_prob[name] = torch.where(observed[name], term, 0) if name in observed else term
         return ELBO(log_prob, kl, self.beta, self.weights)
 
-    def full_elbo(self, x):
-        """The bound itself, β = 1 and no weights, with every decoder run for every subset."""
-        each = [self.elbo(x, A) for A in self.subsets]
-        mean = lambda terms: torch.stack(list(terms)).mean(0)
-        log_prob = {name: mean(e.log_prob[name] for e in each) for name in self.decoders}
-        return ELBO(log_prob, mean(e.kl for e in each), 1.0, {})
+    def full_elbo(self, x, observed=None):
+        """The bound itself: β = 1, no weights, and every decoder runs for every subset."""
+        elbo = self.elbo(x, observed, exact=True)
+        return ELBO(elbo.log_prob, elbo.kl, 1.0, {})
 
     def decode(self, z):
         """A sample of every modality, {name: (B, ...)}; z may come from a posterior or a prior."""
         return {name: decoder.sample(z) for name, decoder in self.decoders.items()}
+
+
+class MVTCAE(DiffMVAE):
+    """The baseline of Hwang et al. 2021 (Tables 1 to 3), from the same parts; no bound on log p(x).
+
+    (M − α)/M E[Σ_i log p(x_i|z)] − (1 − α) KL(q ‖ p(z)) − α/M Σ_i KL(q ‖ q(z|x_i)),  q = q(z|x)
+
+    with the product of all experts alone. α = 0 is the objective of MVAE.
+    """
+
+    def __init__(self, encoders, decoders, alpha=0.9, beta=1.0, weights=None):
+        super().__init__(encoders, decoders, "mvae", beta, weights)
+        self.alpha = alpha
+        share = (len(encoders) - alpha) / len(encoders)
+        self.weights = {name: share * self.weights.get(name, 1) for name in decoders}
+
+    def divergence(self, mu, logvar, expert_mu, expert_logvar):
+        to_prior = kl_divergence(mu, logvar)  # (B, 1)
+        to_experts = kl_divergence(mu, logvar, expert_mu, expert_logvar)  # (B, M)
+        return (1 - self.alpha) * to_prior + self.alpha * to_experts.mean(1, keepdim=True)
+
+    def elbo(self, x, observed=None, A=None, exact=False):
+        if observed or A is not None:
+            raise ValueError("MVTCAE is defined for complete examples and the product of all")
+        return super().elbo(x, exact=exact)
 
 
 # ---- 7  Latent prior (§3.4) ----------------------------------------------------------------------
@@ -568,22 +794,24 @@ class DiffMVAE(nn.Module):
 class LatentPrior(Diffusion):
     """ε-matching (Eq. 1) on z_0 ~ q(z|x) = ∏_i q(z|x_i): where unconditional z come from.
 
-    shape: how the D latents are laid out for net, (1, 16, 16) for CelebA and (1, 768) for CUB.
+    It is trained after the model, on the finished encoders. shape: how the D latents are laid out
+    for net, (D,) for a ResidualMLP; the paper's UNets have (1, 16, 16) for CelebA, (1, 768) for CUB.
     Deviation: z is standardised; otherwise its scale would not fit the fixed noise schedule.
     """
 
-    def __init__(self, net, shape):
-        super().__init__(net, shape, weighting="simple")
+    def __init__(self, net, shape, weighting="velocity"):
+        super().__init__(net, shape, weighting=weighting)
         self.register_buffer("mean", torch.zeros(math.prod(shape)))
         self.register_buffer("std", torch.ones(math.prod(shape)))
 
     def standardise(self, mu, logvar):
         """Take mean and deviation of z ~ q(z|x) from a training set, mu, logvar: (N, D)."""
+        variance = mu.var(0, correction=0) + logvar.exp().mean(0)  # (D,), of the means and around
         self.mean.copy_(mu.mean(0))
-        self.std.copy_((mu.var(0, correction=0) + logvar.exp().mean(0)).sqrt())
+        self.std.copy_(variance.sqrt())
 
     def log_prob(self, z):
-        """The surrogate −½ E‖ε − ε̂‖² of Eq. 1 in standardised space: (B, D) -> (B,)."""
+        """The surrogate, −½ E‖ε − ε̂‖² of Eq. 1 or −½ E‖v − v̂‖², in standardised space: (B,)."""
         return super().log_prob(((z - self.mean) / self.std).view(-1, *self.shape))
 
     def sample(self, n, **options):
@@ -621,7 +849,8 @@ class Options:
     export: str = option("", "folder for PNGs of real and generated pictures, as for FID")
     report: str = option([], "folders of finished runs: print their tables and stop", nargs="+")
     steps: int = option(1000, "training steps of Diff-MVAE")
-    prior_steps: int = option(1000, "training steps of the latent prior")
+    prior_steps: int = option(2000, "training steps of the latent prior", 10_000)
+    prior_batch: int = option(256, "latents in a step of the latent prior")
     batch_size: int = option(16, "examples in a step")
     ema: float = option(0.995, "decay of the averaged weights", 0.9999, most=1)
     seed: int = option(0, "seed of all randomness")
@@ -648,7 +877,9 @@ class Options:
 
     def shared(self, stage):
         """What a checkpoint and a run that goes on from it must have in common."""
-        free = self.free | ({"prior_steps"} if stage == "model" else set())
+        free = self.free
+        if stage == "model":
+            free = free | {name for name in asdict(self) if name.startswith("prior_")}
         fixed = {k: v for k, v in asdict(self).items() if k not in free}
         return fixed | {"data": self.data and Path(self.data).resolve().name}
 
@@ -725,7 +956,8 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
     """
     path, settings = Path(options.out) / f"{stage}.pt", options.shared(stage)
     steps = options.steps if stage == "model" else options.prior_steps
-    interval, size = max(INTERVAL, steps // 100), options.batch_size
+    size = options.batch_size if stage == "model" else options.prior_batch
+    interval = max(INTERVAL, steps // 100)
     path.parent.mkdir(parents=True, exist_ok=True)
     averaged = copy.deepcopy(model.train()).eval().requires_grad_(False)
     groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
@@ -733,7 +965,7 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     step, seconds = restore(path, settings, parts) if path.exists() else (0, 0.0)
     weights, averages = list(model.parameters()), list(averaged.parameters())
-    progress = tqdm(desc=stage, total=steps, initial=step, unit=" images", unit_scale=size)
+    progress = tqdm(desc=stage, total=steps, initial=step, unit=" examples", unit_scale=size)
     with ExitStack() as stack, progress as bar:
         stop = []  # Ctrl-C fills it, and the step under way is finished
         usual = signal.signal(signal.SIGINT, lambda *_: stop.append(True))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from diffmvae import (
     STAGES, CalibratedGaussian, ConvDecoder, ConvEncoder, DiffMVAE, Diffusion, Encoder, FeedForward,
-    InputError, LatentPrior, Options, UNet, bernoulli, f1_score, fit, frechet_distance, in_batches,
+    InputError, LatentPrior, Options, ResidualMLP, UNet, bernoulli, f1_score, fit, frechet_distance, in_batches,
     main, mlp, option, read_checkpoint, sample_gaussian, save_checkpoint, save_grid, save_results,
     to_bytes,
 )
@@ -42,7 +42,10 @@ class Settings(Options):
     out: str = option("runs/drawn", "folder for checkpoints, numbers and pictures", "runs/celeba")
     size: int = option(32, "side of the pictures in pixels", 128)
     steps: int = option(3200, "training steps of Diff-MVAE", 100_000)
-    prior_steps: int = option(1000, "training steps of the latent prior", 50_000)
+    prior_steps: int = option(2000, "training steps of the latent prior", 10_000)
+    prior_net: str = option("mlp", "network of the latent prior; unet: the paper's",
+                            choices=("mlp", "unet"))
+    prior_rate: float = option(2e-3, "learning rate of the latent prior", 1e-3)
     batch_size: int = option(8, "examples in a step", 64)
     weighting: str = option("velocity", "likelihood: Diff-MVAE, a bound; the others: Diff-MVAE*",
                             "simple", choices=tuple(Diffusion.samplers))
@@ -58,7 +61,7 @@ class Settings(Options):
     attention: int = option(0, "side at which the UNet attends, besides its middle", 16)
     dropout: float = option(0.0, "in the UNet", 0.1, most=1)
     encoder_channels: int = option(16, "channels of the encoders at half size", 64)
-    rate: float = option(1e-3, "learning rate of the image decoder and the latent prior", 1e-4)
+    rate: float = option(1e-3, "learning rate of the image decoder", 1e-4)
     vae_rate: float = option(1e-3, "learning rate of the encoders and other decoders", 2e-4)
     measured: int = option(128, "pictures generated of each kind for the tables", 6000, least=2)
     judge: str = option("", "folder of a Supervised run, by which generated pictures are measured")
@@ -300,7 +303,14 @@ def build(s):
     if not decoder:
         encoders, decoders = {"image": encoder}, {k: decoders[k] for k in OTHERS}
     model = DiffMVAE(encoders, decoders, s.family, s.beta, {"attributes": s.weight})
-    return model, decoder and LatentPrior(UNet(2, 1, side, s.channels, (1, 2)), (1, side, side))
+    return model, latent_prior(s, (side, side)) if decoder else None
+
+
+def latent_prior(s, sides):
+    """The untrained latent prior (§3.4); the paper's UNet has the latents laid out on sides."""
+    if s.prior_net == "unet":
+        return LatentPrior(UNet(len(sides), 1, sides[0], s.channels, (1, 2)), (1, *sides))
+    return LatentPrior(ResidualMLP(s.latent_dim, 256, 4), (s.latent_dim,))
 
 
 def train(s, data, pair, batch, draw):
@@ -319,7 +329,7 @@ def train(s, data, pair, batch, draw):
     mu, logvar = in_batches(lambda x: model.posterior(batch(x)), data, "encoding")  # (N, D)
     prior.standardise(mu, logvar)
     terms = lambda i: {"surrogate": prior.log_prob(sample_gaussian(mu[i], logvar[i]))}
-    prior, prior_seconds = fit(prior, terms, n, "prior", s, [(prior, s.rate)])
+    prior, prior_seconds = fit(prior, terms, n, "prior", s, [(prior, s.prior_rate)])
     return model, prior, {"model": seconds, "prior": prior_seconds}
 
 

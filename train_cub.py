@@ -26,11 +26,11 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import train_celeba
 from diffmvae import (
-    DiffMVAE, InputError, LatentPrior, UNet, frechet_distance, in_batches, in_bf16, main, option,
+    DiffMVAE, InputError, frechet_distance, in_batches, in_bf16, main, option,
     save_grid, save_results, spread,
 )
 from train_celeba import (
-    decoded, image_networks, infer, open_picture, read_table, sample, show, train, unconditional,
+    decoded, image_networks, infer, latent_prior, open_picture, read_table, sample, show, train, unconditional,
 )
 
 
@@ -340,7 +340,7 @@ def build(s, tokenizers):
     pairs = zip(image_networks(s), text_networks(s, tokenizers))
     networks = ({"image": image, "caption": caption} for image, caption in pairs)
     model = DiffMVAE(*networks, s.family, s.beta, {"caption": s.weight})
-    return model, LatentPrior(UNet(1, 1, s.latent_dim, s.channels, (1, 2)), (1, s.latent_dim))
+    return model, latent_prior(s, (s.latent_dim,))
 
 
 def load(out, device="cpu"):
