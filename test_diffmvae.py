@@ -1252,10 +1252,13 @@ def test_what_is_drawn_from_what_and_should_show_what(tmp_path):
     x = {k: scale[k] * torch.tensor([1.0, 2, 3])[:, None, None, None] for k in shift}
     model = Stub(posterior=summed, decoders={k: shifted(by) for k, by in shift.items()})
     prior = Stub(sample=lambda n: 1000.0 + torch.arange(n)[:, None])
-    made = celeba.draw(tmp_path / "grid.png", model, x, prior)
-    assert list(made) == ["real", *scale, "latent prior", "N(0, I)"]
+    training = {k: 2000 * v for k, v in x.items()}
+    model.encoders = list(x)
+    made = celeba.draw(tmp_path / "grid.png", model, x, prior, training)
+    nothing = ["aggregate posterior", "latent prior", "N(0, I)"]
+    assert list(made) == ["real", *scale, *nothing]
     assert made["real"] == (x["image"], x)
-    assert Image.open(tmp_path / "grid.png").size[1] == 8 * 66
+    assert Image.open(tmp_path / "grid.png").size[1] == 9 * 66
     assert list(celeba.draw(tmp_path / "grid.png", model, x)) == list(made)[:5]
     for label in scale:
         picture, shown = made[label]
@@ -1264,7 +1267,8 @@ def test_what_is_drawn_from_what_and_should_show_what(tmp_path):
         assert set(shown) - {"image"} == told and all(shown[name] is x[name] for name in told)
     assert made["latent prior"][0].flatten().tolist() == [1000, 1001, 1002]
     assert made["N(0, I)"][0].abs().max() < 10
-    for label in ("latent prior", "N(0, I)"):
+    assert_close(made["aggregate posterior"][0], 2000 * 111 * x["image"])
+    for label in nothing:
         picture, shown = made[label]
         assert set(shown) == {"mask", "attributes"}
         assert all((shown[k] == picture + shift[k]).all() for k in shown)
@@ -1812,7 +1816,7 @@ def test_celeba_end_to_end(tmp_path, capsys, quick, options):
     for measure in ("images sampled per second", "images trained per second", "peak memory, GiB"):
         assert results[measure] > 0
     width, height = Image.open(sheet).size
-    assert height // 66 == 8 and 10 * 66 < width < 12 * 66  # ten faces and the labels
+    assert height // 66 == 9 and 10 * 66 < width < 13 * 66  # ten faces and the labels
     first = sheet.read_bytes()
     celeba.run(s)  # all is trained: measures and draws, the same
     assert sheet.read_bytes() == first
@@ -1826,11 +1830,13 @@ def test_supervised_judges_and_pictures_are_exported(tmp_path, monkeypatch, caps
     assert not Path("supervised/prior.pt").exists()
     celeba.run(tiny(out="run", judge="supervised", export="png", measured=5))
     table = results_in("run")["tables"]["pictures given"]
-    given = {"image", "mask + attributes", "mask", "attributes", "latent prior", "N(0, I)"}
+    given = {"image", "mask + attributes", "mask", "attributes"}
+    given |= {"aggregate posterior", "latent prior", "N(0, I)"}
     assert set(table) == given | {"real"}
     measures = {"Fréchet distance", "sharpness", "coherence, mask", "coherence, attributes"}
     assert set(table["N(0, I)"]) == measures
-    exported = ("real", "image", "mask-attributes", "mask", "attributes", "latent-prior", "N-0-I")
+    exported = ("real", "image", "mask-attributes", "mask", "attributes", "aggregate-posterior",
+                "latent-prior", "N-0-I")
     for label in exported:
         assert len(list(Path("png", label).glob("*.png"))) == 5
     capsys.readouterr()
@@ -1849,7 +1855,8 @@ def test_cub_end_to_end(tmp_path, capsys, quick, options):
     given = {"both", "the caption", "the image", "another bird's image"}
     assert set(tables["log p of the caption, z given"]) == given
     table = tables["coherence"]
-    made = {"caption from image", "image from caption", "latent prior", "N(0, I)"}
+    made = {"caption from image", "image from caption"}
+    made |= {"aggregate posterior", "latent prior", "N(0, I)"}
     assert set(table) == made | {"real", "real, shuffled"}
     assert table["real"]["all factors"] == 1 and table["real"]["grammatical"] == 1
     for measure in ("colours", "all factors"):

@@ -369,10 +369,15 @@ def sample(decoder, z):
     return in_batches(lambda rows: [decoder.sample(rows["z"])], {"z": z}, "sampling")[0]
 
 
-def unconditional(prior, n):
-    """n rows of z from nothing (§3.4), with the latent prior and without it: {label: (n, D)}."""
-    z = in_batches(lambda b: [prior.sample(len(b["z"]))], {"z": torch.empty(n)}, "sampling z")[0]
-    return {"latent prior": z, "N(0, I)": torch.randn_like(z)}
+def unconditional(model, prior, training):
+    """As many rows of z as training has examples, without looking at any x: {label: (n, D)}.
+
+    From the latent prior (§3.4), from N(0, I) without it, and, as the ceiling of both, from what
+    the prior imitates, the aggregate posterior: z ~ q(z|x) given all of training examples.
+    """
+    ceiling = infer(model, training, list(model.encoders))
+    z = in_batches(lambda b: [prior.sample(len(b["z"]))], {"z": ceiling}, "sampling z")[0]
+    return {"aggregate posterior": ceiling, "latent prior": z, "N(0, I)": torch.randn_like(z)}
 
 
 def table3(model, train, test):
@@ -418,13 +423,14 @@ def nats(model, test):
     return {term: {"nats": value} for term, value in named.items()}
 
 
-def draw(path, model, x, prior=None):
+def draw(path, model, x, prior=None, training=None):
     """A picture for each example of x from each of GIVEN (§3.3) and, with the prior, from nothing
     (§3.4), ten of each also as a PNG (Figures 5, 6): {given: (pictures, shown)}. shown are the
     modalities to agree with: those given or, from nothing, what the same z is decoded to.
     """
     z = {given: infer(model, x, given.split(" + ")) for given in GIVEN}
-    z |= unconditional(prior, len(x["image"])) if prior else {}
+    if prior:
+        z |= unconditional(model, prior, training)
     made = {"real": (x["image"], x)}
     for label, rows in tqdm(z.items(), path.stem, leave=False):
         if label in GIVEN:
@@ -501,8 +507,9 @@ def run(s):
     if s.is_bound:
         tables["Eq. 5"] = nats(model, test)
     if prior:
-        x, started = batch(test, slice(s.measured if judge or s.export else 10)), time.monotonic()
-        made = draw(Path(s.out) / "samples.png", model, x, prior)
+        n, started = slice(s.measured if judge or s.export else 10), time.monotonic()
+        x, training = batch(test, n), batch(data["train"], n)
+        made = draw(Path(s.out) / "samples.png", model, x, prior, training)
         drawn = len(x["image"]) * (len(made) - 1)
         results["images sampled per second"] = drawn / (time.monotonic() - started)
     if judge:

@@ -41,6 +41,7 @@ class Settings(train_celeba.Settings):
     out: str = option("runs/birds", "folder for checkpoints, numbers and pictures", "runs/cub")
     size: int = option(32, "side of the pictures in pixels", 64)
     steps: int = option(4400, "training steps of Diff-MVAE", 94_000)  # 500 epochs of 5,994 birds
+    prior_steps: int = option(4000, "training steps of the latent prior", 10_000)
     batch_size: int = option(8, "examples in a step", 32)
     decoder: str = option("diffusion", "of images; feedforward: baseline MoPoE*",
                           choices=("diffusion", "feedforward"))
@@ -363,15 +364,15 @@ def caption_nats(model, x):
     return {label: {"nats": nats(rows)} for label, rows in z.items()}
 
 
-def generate(model, tokenizers, x, n, prior=None):
-    """{label: (pictures, captions)}: x, each from the other and, with the prior, n from nothing."""
+def generate(model, tokenizers, x, n, prior=None, training=None):
+    """{label: (pictures, captions)}: x, each from the other and, with the prior, from nothing."""
     picture = lambda z: sample(model.decoders["image"], z)
     caption = lambda z: spell(tokenizers, sample(model.decoders["caption"], z))
     pictures, captions = x["image"], spell(tokenizers, x["caption"][:, 1])
     pairs = {"real": (pictures, captions),
              "caption from image": (pictures, caption(infer(model, x, ["image"]))),
              "image from caption": (picture(infer(model, x, ["caption"])[:n]), captions[:n])}
-    nothing = unconditional(prior, n) if prior else {}
+    nothing = unconditional(model, prior, training) if prior else {}
     return pairs | {label: (picture(z), caption(z)) for label, z in nothing.items()}
 
 
@@ -414,9 +415,9 @@ def table2(clip, pairs, device):
             for label, (image, text) in found.items()}
 
 
-def draw(path, model, x, prior=None, tokenizers=None):
+def draw(path, model, x, prior=None, training=None, tokenizers=None):
     """Figures 3 and 4: generate's rows; at the end, with the prior, four pictures a caption."""
-    pairs = generate(model, tokenizers, x, len(x["image"]), prior)
+    pairs = generate(model, tokenizers, x, len(x["image"]), prior, training)
     for again in range(2, 5 if prior else 2):
         pictures = sample(model.decoders["image"], infer(model, x, ["caption"]))
         pairs[f"image from caption ({again})"] = pictures, pairs["real"][1]
@@ -440,7 +441,8 @@ def run(s):
         words.save_pretrained(f"{s.out}/tokenizer-{k}")
     torch.manual_seed(s.seed)
     test = batch(data["test"] | {"caption": data["test"]["caption"][:, :1]})
-    pairs = generate(model, tokenizers, test, s.measured, prior)
+    training = batch(data["train"], slice(s.measured))
+    pairs = generate(model, tokenizers, test, s.measured, prior, training)
     made = {label: pair for label, pair in pairs.items() if label != "caption from image"}
     pictures, captions = pairs["real"]
     pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions  # CUB's kinds in order
@@ -450,7 +452,8 @@ def run(s):
     if clip:
         tables["CLIP"] = table2(clip, pairs, s.device)
     show(tables)
-    sheet(Path(s.out) / "samples.png", model, {name: x[:8] for name, x in test.items()}, prior)
+    x, training = ({name: v[:8] for name, v in part.items()} for part in (test, training))
+    sheet(Path(s.out) / "samples.png", model, x, prior, training)
     save_results(s, {"tables": tables, "seconds": seconds})
     if s.export:
         train_celeba.export(s.export, made)
