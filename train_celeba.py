@@ -63,7 +63,7 @@ class Settings(Options):
     encoder_channels: int = option(16, "channels of the encoders at half size", 64)
     rate: float = option(1e-3, "learning rate of the image decoder", 1e-4)
     vae_rate: float = option(1e-3, "learning rate of the encoders and other decoders", 2e-4)
-    measured: int = option(128, "pictures generated of each kind for the tables", 6000, least=2)
+    measured: int = option(256, "pictures generated of each kind for the tables", 6000, least=2)
     judge: str = option("", "folder of a Supervised run, by which generated pictures are measured")
     surrogate = dict(beta=0.01, weight=10.0)  # defaults where the loss is no bound; there all is 1
     free = Options.free | {"measured", "judge"}
