@@ -17,17 +17,23 @@ equations are marked "Deviation" here. The notation:
 """
 
 import copy
+import csv
 import itertools
 import json
 import math
 import os
-import resource
+import platform
+import re
 import signal
+import sqlite3
 import sys
 import textwrap
+import threading
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter as Layout
-from contextlib import ExitStack
+import zlib
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -39,6 +45,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Normal
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 # ---- 1  Gaussian algebra (§2, §3.2, §3.3) --------------------------------------------------------
 
@@ -197,12 +208,12 @@ class Diffusion(nn.Module):
                  weighting    λ(t) in Eq. 2   t uniform in   a bound, in nats   sampler, evaluations
     Diff-MVAE    likelihood   g(t)²           log-SNR ℓ      yes                Euler–Maruyama, 200
     Diff-MVAE*   simple       σ(t)², Eq. 1    t              no, a surrogate    DDIM, 20
-    Diff-MVAE*   velocity     σ(t)²/α(t)²     angle φ        no, a surrogate    DDIM, 20
+    Diff-MVAE*   velocity     ∝ g² σ/α        angle φ        no, a surrogate    DDIM, 20
 
     with α = cos φ, σ = sin φ. Deviation: the paper gives Diff-MVAE* λ = 1. In Eq. 2 that would
     weigh small t still more than g² does; the works it cites have λ = 1 on Eq. 1's ε-loss:
     "simple". "velocity" has it on the network's own output, ‖v − v̂‖² (Salimans and Ho 2022), and
-    spends less on times that are almost pure noise: half of all t have α² < 0.08.
+    on the angle, so that less is spent on almost pure noise: half of all t have α² < 0.08.
     """
 
     samplers = {"likelihood": (euler_maruyama, 200), "simple": (ddim, 20), "velocity": (ddim, 20)}
@@ -800,7 +811,7 @@ class LatentPrior(Diffusion):
     """
 
     def __init__(self, net, shape, weighting="velocity"):
-        super().__init__(net, shape, weighting=weighting)
+        super().__init__(net, shape, weighting=weighting, evaluations=50)  # as the paper; cheap here
         self.register_buffer("mean", torch.zeros(math.prod(shape)))
         self.register_buffer("std", torch.ones(math.prod(shape)))
 
@@ -822,7 +833,10 @@ class LatentPrior(Diffusion):
 # ---- 8  Training ---------------------------------------------------------------------------------
 
 STAGES = ("model", "prior")
+HISTORY = {"model": "history", "prior": "history-prior"}  # their files
 INTERVAL = 500  # steps between two checkpoints, or a hundredth of a long training
+HELD_OUT = 256  # examples at most on which the objective is watched
+READING = 20  # steps between two rows of the history, or a five-hundredth
 WARMUP, COOLDOWN = 100, 500  # first and last steps, in which the learning rate rises and falls
 CLIP = 1.0  # largest norm of the gradient
 
@@ -831,114 +845,49 @@ class InputError(ValueError):
     """Something the user can mend; the message names it and the cure."""
 
 
-def option(drawn, help, real=None, least=None, most=math.inf, **flag):
-    """A field of Options: its default for drawn data and, where that differs, for real data."""
-    note = f" (default: {drawn})" if real is None else f" (default: {drawn} drawn, {real} real)"
-    flag["help"] = help + note * (drawn not in (None, "", []))
-    defaults = drawn, drawn if real is None else real
-    ends = least or (1e-9 if drawn else 0), most  # 0 is allowed where the default is 0 or none
-    return field(default=None, metadata=dict(defaults=defaults, ends=ends, flag=flag))
-
-
-@dataclass
-class Options:
-    """Settings that are also flags, each made by option; scripts add theirs. None: the default."""
-
-    data: str = option("", "folder of the real data; without it data are drawn")
-    out: str = option("runs", "folder for checkpoints, numbers and pictures")
-    export: str = option("", "folder for PNGs of real and generated pictures, as for FID")
-    report: str = option([], "folders of finished runs: print their tables and stop", nargs="+")
-    steps: int = option(1000, "training steps of Diff-MVAE")
-    prior_steps: int = option(2000, "training steps of the latent prior", 10_000)
-    prior_batch: int = option(256, "latents in a step of the latent prior")
-    batch_size: int = option(16, "examples in a step")
-    ema: float = option(0.995, "decay of the averaged weights", 0.9999, most=1)
-    seed: int = option(0, "seed of all randomness")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
-    free = {"out", "export", "report", "device"}  # what does not touch the weights
-
-    def __post_init__(self):
-        for f in fields(self):
-            if getattr(self, f.name) is None:
-                setattr(self, f.name, f.metadata["defaults"][bool(self.data)])
-            least, most = f.metadata["ends"]
-            for v in np.ravel(value := getattr(self, f.name)):
-                if isinstance(v, np.number) and not least <= v <= most:
-                    flag, better = f.name.replace("_", "-"), "smaller" if v > most else "larger"
-                    raise InputError(f"--{flag} {value}: give a {better} number")
-
-    @classmethod
-    def parse(cls, description):
-        """Read the command line."""
-        parser = ArgumentParser(description=description, formatter_class=Layout)
-        for f in fields(cls):
-            parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, **f.metadata["flag"])
-        return cls(**vars(parser.parse_args()))
-
-    def shared(self, stage):
-        """What a checkpoint and a run that goes on from it must have in common."""
-        free = self.free
-        if stage == "model":
-            free = free | {name for name in asdict(self) if name.startswith("prior_")}
-        fixed = {k: v for k, v in asdict(self).items() if k not in free}
-        return fixed | {"data": self.data and Path(self.data).resolve().name}
+def why(problem):
+    """The first 40 words of an exception's message, or its name, on one line."""
+    words = str(problem).split()
+    return " ".join(words[:40]) if words else type(problem).__name__
 
 
 def save_checkpoint(path, state):
     """Write beside, then rename: path holds the old state or the new one, never half of it."""
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # another process may be writing its own
     try:
         torch.save(state, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as problem:  # RuntimeError: how torch says that a disk is full
-        raise InputError(f"{path} cannot be written ({problem}), what was there before is whole: "
-                         "make room, or take another folder") from problem
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({why(problem)}), what was there before is "
+                         "whole: make room, or take another folder") from problem
 
 
 def read_checkpoint(path):
     """What save_checkpoint wrote, on the CPU."""
     try:
-        return torch.load(path, "cpu", weights_only=True, mmap=True)  # reads no more than is used
-    except Exception as problem:  # torch has no class for what is not, or not all of, a checkpoint
-        state = "damaged: remove it" if path.exists() else "missing: that run has to be made first"
-        raise InputError(f"{path} is {state}") from problem
-
-
-def restore(path, settings, parts):
-    """Load {name: part} from a checkpoint of the same settings; return its step and seconds."""
-    state = read_checkpoint(path)
-    was = state.get("settings", {})
-    if differ := [k for k in was | settings if was.get(k) != settings.get(k)]:
-        changes = ", ".join(f"{k} was {was.get(k)!r} and is {settings.get(k)!r}" for k in differ)
-        raise InputError(f"{path} has other settings ({changes}): repeat its flags or change --out")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state["step"], state["seconds"]
-
-
-def prepare(options):
-    """options, if nothing will fail later: the device, the folders, the checkpoints in them."""
+        path.open("rb").close()
+    except FileNotFoundError as problem:
+        raise InputError(f"{path} is missing: that run has to be made first") from problem
+    except OSError as problem:
+        raise InputError(f"{path} cannot be opened ({why(problem)})") from problem
     try:
-        torch.empty(0, device=getattr(options, flag := "device"))
-        for flag in (name for name in ("out", "export") if getattr(options, name)):
-            Path(getattr(options, flag)).mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=getattr(options, flag)).close()
-    except (OSError, RuntimeError, AssertionError) as problem:
-        value, why = getattr(options, flag), str(problem).splitlines()[0]
-        raise InputError(f"--{flag} {value} cannot be used ({why}): give another") from problem
-    for stage in STAGES:
-        if (path := Path(options.out) / f"{stage}.pt").exists():
-            restore(path, options.shared(stage), {})
-    return options
+        return torch.load(path, "cpu", weights_only=True, mmap=True)  # reads no more than is used
+    except MemoryError:
+        raise
+    except Exception as problem:  # torch has no class for what is not, or not all of, a checkpoint
+        raise InputError(f"{path} is damaged: remove it") from problem
 
 
-def readings(named, step):
-    """{name: float} of the means, or a FloatingPointError that names the terms that broke."""
-    values = dict(zip(named, torch.stack(list(named.values())).tolist()))
-    if broken := ", ".join(name for name, value in values.items() if not math.isfinite(value)):
-        cure = "the last checkpoint is kept; lower the learning rate or look at the data"
-        raise FloatingPointError(f"{broken} not finite before step {step}: {cure}")
-    return values
+def check_same(path, was, now):
+    """Refuse to go on from a checkpoint with other settings or other data, and name them."""
+    changes = []
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            changes.append(f"{name} was {was.get(name)!r} and is {now.get(name)!r}")
+    if changes:
+        raise InputError(f"{path} is of another run ({', '.join(changes)}): repeat its flags, and "
+                         "give it its data, or change --out")
 
 
 def seed_at(seed, stage, step):
@@ -946,60 +895,148 @@ def seed_at(seed, stage, step):
     return int(np.random.SeedSequence((seed, STAGES.index(stage), step)).generate_state(1)[0])
 
 
-def fit(model, terms, num_examples, stage, options, rates, preview=None):
+@contextmanager
+def interruptible():
+    """An event that Ctrl-C sets, so that the step under way can be finished and saved."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed  # only the main thread may catch signals; there Ctrl-C is as usual
+        return
+    usual = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+class Sums:
+    """Running sums of named scalars. They stay on the device: only means waits for it."""
+
+    def __init__(self):
+        self.named, self.steps = {}, 0
+
+    def add(self, named):
+        for name, value in named.items():
+            self.named[name] = self.named.get(name, 0) + value.detach()
+        self.steps += 1
+
+    def means(self, step, path):
+        """{name: float} since the last call, or a FloatingPointError that names what broke."""
+        values = (torch.stack(list(self.named.values())) / self.steps).tolist()
+        means = dict(zip(self.named, values))
+        broken = [name for name, value in means.items() if not math.isfinite(value)]
+        if broken:
+            kept = f"{path} is kept; " if path.exists() else ""
+            raise FloatingPointError(f"{', '.join(broken)} not finite before step {step}: {kept}"
+                                     "lower the learning rate or look at the data")
+        self.named, self.steps = {}, 0
+        return means
+
+
+class Trainee:
+    """A model with its optimiser and its moving average, which is the model from training on.
+
+    rates: [(module, learning rate)] of its parts.
+    """
+
+    def __init__(self, model, rates, decay):
+        self.model = model.train()
+        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
+        self.weights = list(model.parameters())
+        self.averages = list(self.averaged.parameters())
+        self.rates = [rate for _, rate in rates]
+        groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.decay = decay
+
+    def update(self, objective, step, steps):
+        """Ascend the objective, a scalar; return the gradient's norm."""
+        self.optimizer.zero_grad()
+        (-objective).backward()
+        norm = nn.utils.clip_grad_norm_(self.weights, CLIP)
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * min(1, (step + 1) / WARMUP, (steps - step) / COOLDOWN)
+        self.optimizer.step()
+        decay = min(self.decay, (1 + step) / (10 + step))  # the first weights are soon forgotten
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+        return norm
+
+    def parts(self):
+        """What a checkpoint holds."""
+        return {"model": self.model, "averaged": self.averaged, "optimizer": self.optimizer}
+
+
+def save_history(checkpoint, history):
+    """The rows of a training so far, [{term: float}], as a CSV file and as a picture of curves."""
+    name = HISTORY[checkpoint.stem]
+    columns = list(dict.fromkeys(column for row in history for column in row))
+    with open(checkpoint.with_name(f"{name}.csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
+    save_curves(checkpoint.with_name(f"{name}.png"), history)
+
+
+def resume(path, settings, trainee):
+    """Load a checkpoint of the same settings into trainee; its step, seconds and history."""
+    if not path.exists():
+        return 0, 0.0, []
+    state = read_checkpoint(path)
+    check_same(path, state["settings"], settings)
+    for name, part in trainee.parts().items():
+        part.load_state_dict(state[name])
+    return state["step"], state["seconds"], state["history"]
+
+
+def fit(model, terms, objective, num_examples, steps, batch_size, rates, s, stage, data="",
+        held_out=None, preview=None):
     """Train model with Adam; return its moving average, the model from then on, and the seconds.
 
-    terms(indices) -> {name: (B,)}, named terms for a batch: the first is maximised, all are shown.
-    stage names the checkpoint, and preview(averaged) follows it. rates: [(module, learning rate)].
-    From a checkpoint training goes on and ends as if never interrupted: a step draws all its
-    randomness from (seed, stage, step).
+    terms(indices) -> {name: (B,)}, named terms of a batch; that named objective is maximised, all
+    are shown. rates: [(module, learning rate)]. stage names the checkpoint; data is what it must
+    have been trained on. At each checkpoint held_out(averaged), a float, joins the history, and
+    preview(averaged) follows. From a checkpoint training goes on and ends as if never interrupted:
+    a step draws all its randomness from (seed, stage, step).
     """
-    path, settings = Path(options.out) / f"{stage}.pt", options.shared(stage)
-    steps = options.steps if stage == "model" else options.prior_steps
-    size = options.batch_size if stage == "model" else options.prior_batch
-    interval = max(INTERVAL, steps // 100)
+    path = Path(s.out) / f"{stage}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    averaged = copy.deepcopy(model.train()).eval().requires_grad_(False)
-    groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
-    optimizer = torch.optim.Adam(groups, fused=True)
-    parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
-    step, seconds = restore(path, settings, parts) if path.exists() else (0, 0.0)
-    weights, averages = list(model.parameters()), list(averaged.parameters())
-    progress = tqdm(desc=stage, total=steps, initial=step, unit=" examples", unit_scale=size)
-    with ExitStack() as stack, progress as bar:
-        stop = []  # Ctrl-C fills it, and the step under way is finished
-        usual = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-        stack.callback(signal.signal, signal.SIGINT, usual)
+    settings = {**s.fixed(stage), "examples": data}
+    trainee = Trainee(model, rates, s.ema)
+    step, seconds, history = resume(path, settings, trainee)
+    interval, reading = max(INTERVAL, steps // 100), max(READING, steps // 500)
+    sums = Sums()
+    progress = tqdm(desc=stage, total=steps, initial=step, unit=" examples", unit_scale=batch_size)
+    with interruptible() as stopped, progress as bar:
         started = time.monotonic() - seconds
         while step < steps:
-            torch.manual_seed(seed_at(options.seed, stage, step))
-            indices = torch.randint(num_examples, (size,), device=options.device)
+            torch.manual_seed(seed_at(s.seed, stage, step))
+            indices = torch.randint(num_examples, (batch_size,), device=s.device)
             named = {name: term.mean() for name, term in terms(indices).items()}
-            optimizer.zero_grad()
-            (-next(iter(named.values()))).backward()
-            named["gradient"] = nn.utils.clip_grad_norm_(weights, CLIP)
-            for group, (_, rate) in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * min(1, (step + 1) / WARMUP, (steps - step) / COOLDOWN)
-            optimizer.step()
-            with torch.no_grad():
-                keep = min(options.ema, (1 + step) / (10 + step))
-                torch._foreach_lerp_(averages, weights, 1 - keep)
+            named["gradient"] = trainee.update(named[objective], step, steps)
+            sums.add(named)
             step += 1
             bar.update()
-            due = stop or step == steps or step % interval == 0
-            if due or step % 20 == 0:
-                bar.set_postfix({k: f"{v:.4g}" for k, v in readings(named, step).items()})
+            due = stopped.is_set() or step == steps or step % interval == 0
+            if not due and step % reading > 0:
+                continue
+            seconds = time.monotonic() - started
+            row = {"step": step, "seconds": seconds, **sums.means(step, path)}
+            bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
+            history.append(row)
             if due:
-                seconds = time.monotonic() - started
-                state = {"step": step, "seconds": seconds, "settings": settings}
-                states = {name: part.state_dict() for name, part in parts.items()}
-                save_checkpoint(path, state | states)
-            if due and preview and not stop:
-                preview(averaged)
+                if held_out is not None:
+                    row[f"held-out {objective}"] = held_out(trainee.averaged)
+                state = {"step": step, "seconds": seconds, "settings": settings, "history": history}
+                states = {name: part.state_dict() for name, part in trainee.parts().items()}
+                save_checkpoint(path, {**state, **states})
+                save_history(path, history)
+                if stopped.is_set():
+                    raise KeyboardInterrupt(f"stopped after step {step}, saved in {path}: run it again")
+                if preview is not None:
+                    preview(trainee.averaged)
                 started = time.monotonic() - seconds
-            if stop and due:
-                raise SystemExit(f"\nstopped after step {step}, saved in {path}: run it again")
-    return averaged, seconds
+    return trainee.averaged, seconds
 
 
 # ---- 9  Measures and pictures (§4) ---------------------------------------------------------------
@@ -1007,8 +1044,10 @@ def fit(model, terms, num_examples, stage, options, rates, preview=None):
 def f1_score(predicted, actual):
     """Sample-average F1 (§4.2): 2 TP / (2 TP + FP + FN) of each example, 0 where both are empty;
     predicted, actual: (N, ...) bool, or probabilities, which are thresholded at ½."""
-    predicted, actual = ((x > 0.5).flatten(1) for x in (predicted, actual))
-    both, total = (predicted & actual).sum(1), predicted.sum(1) + actual.sum(1)
+    predicted = predicted.flatten(1) > 0.5
+    actual = actual.flatten(1) > 0.5
+    both = (predicted & actual).sum(1)
+    total = predicted.sum(1) + actual.sum(1)
     return (2 * both / total.clamp(min=1)).mean().item()
 
 
@@ -1021,6 +1060,17 @@ def frechet_distance(a, b):
     return (means + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
+@torch.no_grad()
+def in_batches(f, data, label, size=250):
+    """f on pieces of {name: (N, ...)}; each of the several tensors it returns is concatenated."""
+    total = len(next(iter(data.values())))
+    results = []
+    for start in tqdm(range(0, total, size), label, leave=False):
+        piece = {name: x[start : start + size] for name, x in data.items()}
+        results.append(f(piece))
+    return [torch.cat(parts) for parts in zip(*results)]
+
+
 def to_bytes(pictures):
     """(n, 1 or 3, H, W) in [−1, 1] -> (n, H, W, 3) uint8, for PIL."""
     levels = (pictures.float().cpu() * 127.5 + 127.5).round().clamp(0, 255).byte()
@@ -1029,54 +1079,598 @@ def to_bytes(pictures):
 
 def save_grid(path, rows, captions=None, side=64):
     """A PNG of rows {label: (n, 1 or 3, H, H) in [−1, 1]}, above captions {label: n strings}."""
-    font, small, captions = ImageFont.load_default(14), ImageFont.load_default(10), captions or {}
-    left, own = 12 + max(int(font.getlength(k)) for k in rows), next(iter(rows.values())).shape[-1]
-    side = own * max(1, side // own)
+    captions = {} if captions is None else captions
+    font, small = ImageFont.load_default(14), ImageFont.load_default(10)
+    left = 12 + max(int(font.getlength(label)) for label in rows)
+    own_side = next(iter(rows.values())).shape[-1]
+    side = own_side * max(1, side // own_side)  # pixels are repeated a whole number of times
     heights = {label: side + (72 if label in captions else 2) for label in rows}
-    size = left + (side + 2) * max(map(len, rows.values())), sum(heights.values())
-    sheet, top = Image.new("RGB", size, "white"), 0
+    longest = max(len(pictures) for pictures in rows.values())
+    sheet = Image.new("RGB", (left + (side + 2) * longest, sum(heights.values())), "white")
     draw = ImageDraw.Draw(sheet)
+    top = 0
     for label, pictures in rows.items():
         draw.text((6, top + side / 2), label, "black", font, anchor="lm")
-        for j, picture in enumerate(map(Image.fromarray, to_bytes(pictures))):
-            place = left + (side + 2) * j, top
-            sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), place)
+        for j, pixels in enumerate(to_bytes(pictures)):
+            x = left + (side + 2) * j
+            picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(picture, (x, top))
             if label in captions:
                 text = textwrap.fill(captions[label][j], (side + 2) // 6)
-                draw.multiline_text((place[0], top + side), text, "black", small, spacing=1)
+                draw.multiline_text((x, top + side), text, "black", small, spacing=1)
         top += heights[label]
     sheet.save(path)
 
 
-@torch.no_grad()
-def in_batches(f, data, label, size=250):
-    """f on pieces of {name: (N, ...)}; each of the several tensors it returns is concatenated."""
-    pieces = list(zip(*(x.split(size) for x in data.values())))
-    results = [f(dict(zip(data, piece))) for piece in tqdm(pieces, label, leave=False)]
-    return [torch.cat(parts) for parts in zip(*results)]
+def save_curves(path, history, width=600, height=120):
+    """A PNG with a panel for each term of history, [{"step": …, term: …}], over the steps.
+
+    Black in training, red held out. A panel's ends are those of the last nine tenths of its term.
+    """
+    held_out = "held-out "
+    terms = [name for name in history[0] if name not in ("step", "seconds")]
+    sheet = Image.new("RGB", (width, height * len(terms)), "white")
+    draw = ImageDraw.Draw(sheet)
+    last = history[-1]["step"]
+    for k, term in enumerate(terms):
+        black = [(row["step"], row[term]) for row in history]
+        red = [(row["step"], row[held_out + term]) for row in history if held_out + term in row]
+        settled = [value for step, value in black + red if step > last / 10]
+        low, high = min(settled), max(settled)
+        scale = (height - 30) / max(high - low, 1e-12)
+        top = k * height + 20
+
+        def place(point):
+            step, value = point
+            y = top + scale * (high - min(max(value, low), high))
+            return 90 + (width - 100) * step / last, y
+
+        draw.text((6, top - 16), term, "black")
+        draw.text((6, top), f"{high:.4g}", "grey")
+        draw.text((6, top + height - 40), f"{low:.4g}", "grey")
+        draw.line([place(point) for point in black], "black")
+        draw.line([place(point) for point in red], "red", 2)
+    draw.text((width - 90, 4), f"{last} steps", "grey")
+    sheet.save(path)
 
 
-def save_results(options, results):
-    """Write results, the settings and the machine to results.json in the folder options.out."""
-    name, peak = f"CPU, {torch.get_num_threads()} threads", resource.getrusage(resource.RUSAGE_SELF)
-    memory, path = peak.ru_maxrss * 1024, Path(options.out) / "results.json"
-    if options.device.startswith("cuda"):
-        name = torch.cuda.get_device_name(options.device)
-        memory = torch.cuda.max_memory_allocated(options.device)
-    speed = options.steps * options.batch_size / results["seconds"]["model"]
-    record = {"settings": asdict(options), "device": name, "peak memory, GiB": memory / 2**30,
-              "images trained per second": speed}
-    path.write_text(json.dumps(record | results, indent=1))
+# ---- 10  What both scripts share: settings, networks, both stages of training, tables, files -----
+
+def option(help, drawn, real=None, least=0, most=math.inf, **flag):
+    """A setting that is also a flag: help, defaults for drawn and (if others) for real data, ends.
+
+    flag: what else argparse needs of it, such as choices.
+    """
+    real = drawn if real is None else real
+    if drawn not in (None, "", []):
+        note = f"default: {drawn}" if drawn == real else f"default: {drawn} drawn, {real} real"
+        help = f"{help} ({note})"
+    meta = {"drawn": drawn, "real": real, "least": least, "most": most, "flag": flag, "help": help}
+    return field(default=None, metadata=meta)
+
+
+@dataclass
+class Settings:
+    """What both scripts can be told. Each adds what differs: out, size, steps, batch_size, weight,
+    latent_dim, channels, multipliers, vae_rate. Nothing given (None) means the default."""
+
+    data: str = option("folder of the real data; without it data are drawn", "")
+    export: str = option("folder for PNGs of real and generated pictures, as for FID", "")
+    report: str = option("folders of finished runs: print their tables and stop", [], nargs="+")
+    seed: int = option("seed of all randomness", 0)
+    device: str = option("cuda, mps or cpu", "cuda" if torch.cuda.is_available() else "cpu")
+    weighting: str = option("likelihood: Diff-MVAE, a bound; the others: Diff-MVAE*", "velocity",
+                            "simple", choices=tuple(Diffusion.samplers))
+    family: str = option("which subsets are drawn; mvtcae: that baseline", "mopoe",
+                         choices=("mopoe", "mvae", "mmvae", "mvtcae"))
+    decoder: str = option("of images; feedforward: baseline MoPoE*", "diffusion",
+                          choices=("diffusion", "feedforward"))
+    beta: float = option("weight of the KL (default: 1 for a bound, or 0.01)", None)
+    observed: float = option("share of the training examples that have more than a picture", 1.0,
+                             most=1)
+    gaps: bool = option("take real data that lack something, too", False,
+                        action=BooleanOptionalAction)
+    mirror: bool = option("mirror half of the training pictures, masks with them", False,
+                          action=BooleanOptionalAction)
+    patch: int = option("side in pixels of what the UNet takes for one pixel", 2, 1, least=1)
+    attention: int = option("side at which the UNet attends, besides its middle", 0, 16)
+    dropout: float = option("in the UNet", 0.0, 0.1, most=1)
+    encoder_channels: int = option("channels of the encoders at half size", 16, 64, least=2)
+    rate: float = option("learning rate of the image decoder", 1e-3, 1e-4)
+    ema: float = option("decay of the averaged weights", 0.995, 0.9999, most=1)
+    prior_net: str = option("network of the latent prior; unet: the paper's", "mlp",
+                            choices=("mlp", "unet"))
+    prior_steps: int = option("training steps of the latent prior", 4000, 10_000, least=1)
+    prior_batch: int = option("latents in such a step", 256, least=1)
+    prior_rate: float = option("its learning rate", 2e-3, 1e-3)
+    evaluations: int = option("of the network for a picture (default: 20, or 200 for a bound)",
+                              None, least=1)
+    measured: int = option("pictures generated of each kind for the tables", 256, 6000, least=2)
+
+    free = ("out", "export", "report", "device", "evaluations", "measured")  # weights are the same
+    surrogate_weight = 1.0  # of what is no picture, where the picture's term has no scale
+
+    def __post_init__(self):
+        for setting in fields(self):
+            if getattr(self, setting.name) is None:
+                default = setting.metadata["real"] if self.data else setting.metadata["drawn"]
+                setattr(self, setting.name, default)
+            check_ends(setting, getattr(self, setting.name))
+        if self.beta is None:
+            self.beta = 1.0 if self.in_nats else 0.01
+        if self.weight is None:
+            self.weight = 1.0 if self.in_nats else self.surrogate_weight
+
+    @classmethod
+    def parse(cls, description):
+        """Read the command line."""
+        parser = ArgumentParser(description=description,
+                                formatter_class=RawDescriptionHelpFormatter)
+        for setting in fields(cls):
+            flag = {"help": setting.metadata["help"], **setting.metadata["flag"]}
+            if "action" not in flag:
+                flag["type"] = setting.type
+            parser.add_argument(flag_name(setting), default=None, **flag)
+        return cls(**vars(parser.parse_args()))
+
+    @property
+    def in_nats(self):
+        """Whether every decoder's term is a log-likelihood, or a bound of one."""
+        return self.decoder == "feedforward" or self.weighting == "likelihood"
+
+    @property
+    def is_bound(self):
+        """Whether the objective is one on log p(x), at β = 1 and without weights."""
+        return self.in_nats and self.family != "mvtcae"
+
+    @property
+    def method(self):
+        """The paper's name of it: a star where the loss, or only the settings, are Diff-MVAE*'s."""
+        if self.decoder == "feedforward":
+            names = {"mopoe": "MoPoE*", "mvae": "MVAE*", "mmvae": "MMVAE*", "mvtcae": "MVTCAE*"}
+            return names[self.family]
+        name = "Diff-MVAE" if self.weighting == "likelihood" else "Diff-MVAE*"
+        return name if self.family == "mopoe" else f"{name}, {self.family}"
+
+    def fixed(self, stage):
+        """What a checkpoint and a run that goes on from it must have in common."""
+        settings = {"data": Path(self.data).resolve().name if self.data else ""}
+        for name, value in asdict(self).items():
+            later = stage == "model" and name.startswith("prior_")
+            if name not in (*self.free, "data") and not later:
+                settings[name] = value
+        return settings
+
+
+def flag_name(setting):
+    """--prior-steps of the field prior_steps."""
+    return "--" + setting.name.replace("_", "-")
+
+
+def check_ends(setting, value):
+    """Refuse numbers beyond a setting's ends, and NaN."""
+    least, most = setting.metadata["least"], setting.metadata["most"]
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, (int, float)) and not least <= number <= most:
+            ends = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise InputError(f"{flag_name(setting)} {value}: give {ends}")
+
+
+def check_usable(s):
+    """Refuse at once what would fail late: the device, the folders, the checkpoints in them."""
+    try:
+        torch.ones(1, device=s.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        raise InputError(f"--device {s.device} cannot be used ({why(problem)}): give "
+                         "another") from problem
+    for flag, folder in (("--out", s.out), ("--export", s.export)):
+        if folder:
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                TemporaryFile(dir=folder).close()
+            except OSError as problem:
+                raise InputError(f"{flag} {folder} cannot be used ({why(problem)}): give "
+                                 "another") from problem
+    for stage in STAGES:
+        path = Path(s.out) / f"{stage}.pt"
+        if path.exists():
+            was = read_checkpoint(path)["settings"]
+            check_same(path, {k: v for k, v in was.items() if k != "examples"}, s.fixed(stage))
+
+
+@contextmanager
+def alone_in(folder):
+    """Keep other runs out of a folder. The lock is the system's: it ends with the process."""
+    lock = sqlite3.connect(Path(folder) / "lock", timeout=0, isolation_level=None)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as problem:
+        raise InputError(f"--out {folder}: another run is using this folder") from problem
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def main(run, settings, description):
+    """A script's entry: run on the command line's settings; what can be mended is one line."""
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    sys.stdout.reconfigure(errors="replace")  # of a terminal that lacks ± or é
+    status = 2
+    try:
+        s = settings.parse(description)
+        if s.report:
+            show(report(s))
+            return
+        check_usable(s)
+        with alone_in(s.out):
+            run(s)
+            return
+    except (InputError, FloatingPointError) as problem:
+        message = str(problem)
+    except KeyboardInterrupt as problem:
+        message, status = str(problem) or "stopped: run it again", 130
+    except (torch.OutOfMemoryError, MemoryError) as problem:
+        message = f"out of memory ({why(problem)}): give a smaller --batch-size"
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+# Networks for the settings
+
+def image_networks(s):
+    """The image's encoder and its decoder, of the kind s.decoder; with s.seed the same weights."""
+    torch.manual_seed(s.seed)
+    multiple = math.lcm(8, s.patch * 2 ** (len(s.multipliers) - 1))
+    if s.size % multiple or s.size.bit_count() != 1:
+        raise InputError(f"--size {s.size} --patch {s.patch}: give as size a power of 2 that is a "
+                         f"multiple of {multiple}")
+    if s.channels % 8 or s.encoder_channels % 2:
+        raise InputError(f"--channels {s.channels} --encoder-channels {s.encoder_channels}: "
+                         "give a multiple of 8 and an even number")
+    decoder = None
+    if s.decoder == "feedforward":
+        net = ConvDecoder(3, s.size, s.latent_dim, conv_widths(s))
+        decoder = FeedForward(net, CalibratedGaussian())
+    elif s.decoder == "diffusion":
+        decoder = diffusion_decoder(s)
+    return ConvEncoder(3, s.size, s.latent_dim, conv_widths(s)), decoder
+
+
+def diffusion_decoder(s):
+    """Of images, with the UNet of s."""
+    sides = [s.size // s.patch // 2**level for level in range(len(s.multipliers))]
+    if s.attention not in (0, *sides):
+        raise InputError(f"--attention {s.attention}: give 0 or one of {sides}")
+    attention = [level for level, side in enumerate(sides) if side == s.attention]
+    unet = UNet(2, 3, s.size, s.channels, s.multipliers, attention=attention, dropout=s.dropout,
+                z_dim=s.latent_dim, patch=s.patch)
+    shape = (3, s.size, s.size)
+    return Diffusion(unet, shape, weighting=s.weighting, evaluations=s.evaluations)
+
+
+def conv_widths(s):
+    """Of ConvEncoder and ConvDecoder: doubled up to eightfold at each halving, down to 4 pixels."""
+    halvings = max(1, int(math.log2(s.size)) - 2)
+    return [s.encoder_channels * min(2**level, 8) for level in range(halvings)]
+
+
+def multimodal(s, encoders, decoders, weights):
+    """The untrained model of the family s.family."""
+    if s.family == "mvtcae":
+        return MVTCAE(encoders, decoders, beta=s.beta, weights=weights)
+    return DiffMVAE(encoders, decoders, s.family, s.beta, weights)
+
+
+def latent_prior(s, sides):
+    """The untrained latent prior (§3.4); the paper's UNet has the latents laid out on sides."""
+    if s.prior_net == "mlp":
+        return LatentPrior(ResidualMLP(s.latent_dim, 256, 4), (s.latent_dim,))
+    unet = UNet(len(sides), 1, sides[0], s.channels, (1, 2))
+    return LatentPrior(unet, (1, *sides))
+
+
+# Training
+
+def complete(data, observed):
+    """The examples of {name: (N, ...)} that lack nothing by observed, {name: (N,) bool}."""
+    if not observed:
+        return data
+    rows = torch.stack(list(observed.values())).all(0)
+    return {name: x[rows] for name, x in data.items()}
+
+
+def labelled(s, data, observed, names):
+    """Data on s.device, and what of the training examples is observed, {name: (N,) bool}.
+
+    By s.observed, examples drawn with s.seed lose names. Test examples with gaps are left out, as
+    nothing can be measured against a gap; so are training examples for Supervised.
+    """
+    flags = dict(observed.get("train", {}))
+    if s.observed < 1:
+        n = len(data["train"]["image"])
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(s.seed))
+        kept = order < round(s.observed * n)
+        flags = {name: kept & flags.get(name, kept) for name in names}
+    flags = {name: there for name, there in flags.items() if not there.all()}
+    data = {"train": data["train"], "test": complete(data["test"], observed.get("test", {}))}
+    if s.decoder == "none":
+        data["train"], flags = complete(data["train"], flags), {}
+    for split, least in (("train", 1), ("test", 2)):
+        n = len(data[split]["image"])
+        if n < least:
+            raise InputError(f"{n} examples to {split} lack nothing, where at least {least} are "
+                             "needed: get more data")
+    for split, part in data.items():
+        data[split] = {name: x.to(s.device) for name, x in part.items()}
+    return data, {name: there.to(s.device) for name, there in flags.items()}
+
+
+def mirrored(x):
+    """x with the pictures of a random half of the examples mirrored, an example's all alike."""
+    flips = torch.rand(len(next(iter(x.values()))), 1, 1, 1) < 0.5
+    out = {}
+    for name, value in x.items():
+        if value.ndim == 4:  # (B, channels, H, W)
+            value = torch.where(flips.to(value.device), value.flip(-1), value)
+        out[name] = value
+    return out
+
+
+def checksum(data):
+    """How many examples, and a checksum of all that they hold: what a checkpoint was trained on."""
+    crc = 0
+    for name in sorted(data):
+        crc = zlib.crc32(data[name].cpu().contiguous().numpy(), crc)
+    return f"{len(data[name])}, checksum {crc:08x}"
+
+
+def train(s, data, observed, model, prior, batch, preview):
+    """Diff-MVAE (§3.2), then its latent prior (§3.4): both, averaged, and their seconds.
+
+    data: {"train" | "test": {name: (N, ...)}}, of which batch(part, i) gives the networks examples
+    i; observed: {name: (N,) bool} of the training set. preview(averaged) draws.
+    """
+    n = len(data["train"]["image"])
+    objective = "ELBO" if s.is_bound and s.beta == 1 and s.weight == 1 else "surrogate"
+    model = model.to(s.device, memory_format=torch.channels_last)
+
+    def examples(i):
+        return batch(data["train"], i), {name: flags[i] for name, flags in observed.items()}
+
+    def model_terms(i):
+        x, seen = examples(i)
+        if s.mirror:
+            x = mirrored(x)
+        return model.elbo(x, seen).terms(objective)
+
+    def held_out(averaged):
+        torch.manual_seed(s.seed)  # the same captions, times and noise at each call
+        some = {name: x[:HELD_OUT] for name, x in data["test"].items()}
+        each = in_batches(lambda x: [averaged.elbo(batch(x)).total], some, "held out", s.batch_size)
+        return each[0].mean().item()
+
+    rates = [(model.encoders, s.vae_rate)]
+    for decoder in model.decoders.values():
+        rates.append((decoder, s.rate if isinstance(decoder, Diffusion) else s.vae_rate))
+    contents = checksum({**data["train"], **{f"{k} observed": v for k, v in observed.items()}})
+    model, seconds = fit(model, model_terms, objective, n, s.steps, s.batch_size, rates, s, "model",
+                         contents, held_out, preview)
+    if prior is None:
+        return model, None, {"model": seconds}
+
+    prior = prior.to(s.device)
+    torch.manual_seed(s.seed)
+    rows = {"i": torch.arange(n, device=s.device)}
+    mu, logvar = in_batches(lambda row: model.posterior(*examples(row["i"])), rows, "encoding")
+    prior.standardise(mu, logvar)
+
+    def prior_terms(i):
+        return {"surrogate": prior.log_prob(sample_gaussian(mu[i], logvar[i]))}
+
+    prior, prior_seconds = fit(prior, prior_terms, "surrogate", n, s.prior_steps, s.prior_batch,
+                               [(prior, s.prior_rate)], s, "prior", contents)
+    return model, prior, {"model": seconds, "prior": prior_seconds}
+
+
+def load_run(out, settings, build, device="cpu"):
+    """(model, prior) that a finished run left in the folder out, ready to use: settings(**saved)
+    makes its settings, and build(settings) the pair untrained; Supervised has no prior."""
+    states = {"model": read_checkpoint(Path(out) / "model.pt")}
+    if states["model"]["settings"]["decoder"] != "none":
+        states["prior"] = read_checkpoint(Path(out) / "prior.pt")
+    for stage, state in states.items():
+        steps = state["settings"]["steps" if stage == "model" else "prior_steps"]
+        if state["step"] < steps:
+            raise InputError(f"{out} is not finished: run it again")
+    saved = dict(list(states.values())[-1]["settings"], device=device)  # the later has them all
+    del saved["examples"]
+    model, prior = build(settings(**saved))
+    for stage, part in (("model", model), ("prior", prior)):
+        if part is not None:
+            part.load_state_dict(states[stage]["averaged"])
+            part.to(device).eval().requires_grad_(False)
+    return model, prior
+
+
+# Using a trained model
+
+def infer(model, x, given):
+    """z ~ q(z|x_o), x_o the given modalities of x (§3.3): (N, D)."""
+    x = {name: x[name] for name in given}
+    return in_batches(lambda o: [sample_gaussian(*model.posterior(o))], x, "encoding")[0]
+
+
+def sample(decoder, z):
+    """One x ~ p(x|z) for each row of z, in batches."""
+    return in_batches(lambda rows: [decoder.sample(rows["z"])], {"z": z}, "sampling")[0]
+
+
+def unconditional(model, prior, training):
+    """As many rows of z as training has examples, without looking at any x: {label: (n, D)}.
+
+    From the latent prior (§3.4), from N(0, I) without it and, as the ceiling of both, from what the
+    prior imitates, the aggregate posterior: z ~ q(z|x) given all of real training examples.
+    """
+    ceiling = infer(model, training, list(model.encoders))
+    z = in_batches(lambda rows: [prior.sample(len(rows["z"]))], {"z": ceiling}, "sampling z")[0]
+    return {"aggregate posterior": ceiling, "latent prior": z, "N(0, I)": torch.randn_like(z)}
+
+
+def nats(model, test, batch):
+    """Eq. 5's terms averaged over test, and the image's in bits per dimension."""
+    each = in_batches(lambda x: model.full_elbo(batch(x)).terms().values(), test, "ELBO", 32)
+    named = dict(zip(["ELBO", *model.decoders, "KL"], (term.mean().item() for term in each)))
+    bits = named["image"] / test["image"][0].numel() / math.log(2)  # of a density on [−1, 1],
+    named["image, bits per dimension"] = math.log2(127.5) - bits  # where a grey level is 1/127.5
+    return {term: {"nats": value} for term, value in named.items()}
+
+
+# Tables, and the files of a run
+
+def show(tables):
+    """Print {title: {row: {column: number, or one for each seed}}} in Markdown."""
+    for title, table in tables.items():
+        columns = list(dict.fromkeys(column for row in table.values() for column in row))
+        print(f"\n| {title} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+        for name, row in table.items():
+            cells = [cell(row[column]) if column in row else "" for column in columns]
+            print(f"| {name} | {' | '.join(cells)} |")
+
+
+def cell(value):
+    """A number, or the mean and the standard deviation of several."""
+    if np.size(value) > 1:
+        return f"{np.mean(value):.3f} ± {np.std(value, ddof=1):.3f}"
+    return f"{np.mean(value):.3f}"
+
+
+def read_results(path, settings):
+    """The settings and the tables in a results.json."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        return settings(**record["settings"]), record["tables"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise InputError(f"{path} is missing or no run of this script: run it") from problem
+
+
+def check_comparable(path, s, first):
+    """Refuse a run that cannot stand in one table with those whose marks are in first."""
+    marks = {
+        "--data or --size": (s.data, s.size),
+        f"more than {s.method}'s --seed": {**s.fixed("prior"), "seed": None},
+    }
+    if getattr(s, "judge", ""):
+        marks["--judge or --measured"] = (s.judge, s.measured)
+    for what, value in marks.items():
+        if what in first and first[what] != value:
+            raise InputError(f"{path} differs from a run before it in {what}: leave it out")
+        first[what] = value
+    if (s.method, s.seed) in first:
+        raise InputError(f"{path} is one more {s.method} of --seed {s.seed}: leave it out")
+    first[s.method, s.seed] = path
+
+
+def report(s):
+    """The tables of the runs s.report, turned: {measure: {method: {given: [one a seed]}}}."""
+    tables, first = {}, {}
+    for folder in s.report:
+        path = Path(folder) / "results.json"
+        of_run, found = read_results(path, type(s))
+        check_comparable(path, of_run, first)
+        for title, given, measure, value in entries(found):
+            methods = tables.setdefault(f"{title}: {measure}", {})
+            row = methods.setdefault(of_run.method, {})
+            row.setdefault(given, []).append(value)
+    return tables
+
+
+def entries(tables):
+    """The numbers in {title: {row: {column: value}}}, as (title, row, column, value)."""
+    for title, table in tables.items():
+        for row, columns in table.items():
+            for column, value in columns.items():
+                yield title, row, column, value
+
+
+def save_results(s, results):
+    """Write results, the settings and the machine to results.json in the folder s.out."""
+    path = Path(s.out) / "results.json"
+    record = {
+        "settings": asdict(s),
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "images trained per second": s.steps * s.batch_size / results["seconds"]["model"],
+        **results,
+    }
+    if s.device.startswith("cuda"):
+        record["device"] = torch.cuda.get_device_name(s.device)
+        record["peak memory, GiB"] = torch.cuda.max_memory_allocated(s.device) / 2**30
+    elif resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        record["peak memory, GiB"] = peak / 2**30
+    path.write_text(json.dumps(record, indent=1, allow_nan=False), "utf-8")
     print(f"\nNumbers are in {path}.")
 
 
-def main(run, options, description):
-    """A script's entry: run on the command line's options; an InputError is a line, status 2."""
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+def export(folder, pictures):
+    """{label: (n, 3, H, W)} as folder/label/00000.png, for FID (Tables 1 and 3) by pytorch-fid."""
+    for label, row in pictures.items():
+        place = Path(folder) / "-".join(re.findall(r"\w+", label))
+        place.mkdir(parents=True, exist_ok=True)
+        for old in place.glob("[0-9]" * 5 + ".png"):  # of a longer export before
+            old.unlink()
+        for k, pixels in enumerate(tqdm(to_bytes(row), f"writing {place}", leave=False)):
+            Image.fromarray(pixels).save(place / f"{k:05d}.png")
+
+
+# Reading data
+
+def read_lines(path):
+    """The lines of a text file, whatever its line ends, with or without a byte-order mark."""
     try:
-        s = options.parse(description)
-        run(s if s.report else prepare(s))
-    except (InputError, FloatingPointError, KeyboardInterrupt) as problem:
-        why = str(problem) or "stopped: run it again"
-        print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
-        sys.exit(2)
+        return path.read_text("utf-8-sig", "replace").splitlines()
+    except OSError as problem:
+        raise InputError(f"{path} cannot be opened ({why(problem)})") from problem
+
+
+def read_table(path, pair, header=0, keys=()):
+    """{key: value}, each pair(*words) of a line after the header; with all these keys, if given."""
+    table = {}
+    for number, line in enumerate(read_lines(path), 1):
+        if number <= header or not line.strip():
+            continue
+        try:
+            key, value = pair(*line.split())
+        except (TypeError, ValueError, KeyError) as problem:  # words too many, too few, or others
+            raise InputError(f"{path}, line {number} ({line[:40]}) is not as released: get it "
+                             "anew") from problem
+        table[key] = value
+    missing = set(keys) - table.keys()
+    if missing:
+        raise InputError(f"{path} lacks picture {min(missing)}: unpack it again")
+    return table
+
+
+def open_picture(path, mode):
+    """The PIL image in a file, decoded."""
+    try:
+        return Image.open(path).convert(mode)
+    except Exception as problem:  # Pillow raises OSError, SyntaxError, ValueError and others
+        raise InputError(f"{path} cannot be read ({why(problem)}): unpack it again") from problem
+
+
+def decoded(cache, read, names):
+    """[read(name) for each name], in threads; kept in the file cache and taken from there."""
+    if cache.exists():
+        kept = read_checkpoint(cache)
+        if kept["names"] == names:
+            return kept["arrays"]
+    with ThreadPoolExecutor() as pool:
+        arrays = list(tqdm(pool.map(read, names), "decoding pictures", len(names)))
+    arrays = torch.from_numpy(np.stack(arrays))
+    try:
+        save_checkpoint(cache, {"names": names, "arrays": arrays})
+    except InputError as problem:
+        print(f"The pictures will be decoded again at each run: {problem}.")
+    return arrays

@@ -7,11 +7,10 @@ New beside train_celeba.py is only a modality: the caption's encoder returns (mu
 decoder has log_prob and sample. The same command run again goes on where it stopped.
 """
 
+import argparse
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,42 +23,40 @@ from torch import nn
 from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-import train_celeba
+import diffmvae
 from diffmvae import (
-    DiffMVAE, InputError, frechet_distance, in_batches, in_bf16, main, option,
-    save_grid, save_results, spread,
-)
-from train_celeba import (
-    decoded, image_networks, infer, latent_prior, open_picture, read_table, sample, show, train, unconditional,
+    InputError, complete, decoded, export, frechet_distance, image_networks, in_batches, in_bf16,
+    infer, labelled, latent_prior, load_run, main, multimodal, nats, open_picture, option,
+    read_lines, read_table, sample, save_grid, save_results, show, spread, train, unconditional,
+    why,
 )
 
 
 @dataclass
-class Settings(train_celeba.Settings):
-    """As for faces, but for these; where data are real, the paper's settings."""
+class Settings(diffmvae.Settings):
+    """Drawn birds train in minutes on a CPU; for real ones defaults are the paper's."""
 
-    out: str = option("runs/birds", "folder for checkpoints, numbers and pictures", "runs/cub")
-    size: int = option(32, "side of the pictures in pixels", 64)
-    steps: int = option(4400, "training steps of Diff-MVAE", 94_000)  # 500 epochs of 5,994 birds
-    prior_steps: int = option(4000, "training steps of the latent prior", 10_000)
-    batch_size: int = option(8, "examples in a step", 32)
-    decoder: str = option("diffusion", "of images; feedforward: baseline MoPoE*",
-                          choices=("diffusion", "feedforward"))
-    weight: float = option(None, "weight of log p(caption|z) (default: 1 for a bound, or 5)")
-    latent_dim: int = option(64, "dimensions of z, an even number", 768)
-    channels: int = option(24, "channels of the UNets at their first level", 128)
-    multipliers: int = option([1, 2], "their multiple at each level", [1, 2, 2, 4], nargs="+")
-    vae_rate: float = option(5e-4, "learning rate of the encoders and the caption's decoder", 5e-5)
-    text: str = option("small", "small: words, untrained; pretrained: from --bert and --gpt2",
+    out: str = option("folder for checkpoints, numbers and pictures", "runs/birds", "runs/cub")
+    size: int = option("side of the pictures in pixels", 32, 64, least=1)
+    steps: int = option("training steps of Diff-MVAE", 4400, 94_000, least=1)  # 500 epochs of 5,994
+    batch_size: int = option("examples in a step", 8, 32, least=1)
+    weight: float = option("weight of log p(caption|z) (default: 1 for a bound, or 5)", None)
+    latent_dim: int = option("dimensions of z, an even number", 64, 768, least=1)
+    channels: int = option("channels of the UNet at its first level", 24, 128, least=1)
+    multipliers: int = option("their multiple at each level", [1, 2], [1, 2, 2, 4], least=1,
+                              nargs="+")
+    vae_rate: float = option("learning rate of the encoders and of the caption's decoder", 5e-4,
+                             5e-5)
+    text: str = option("small: words, untrained; pretrained: from --bert and --gpt2", "small",
                        "pretrained", choices=("small", "pretrained"))
-    bert: str = option("bert-base-cased", "encoder of the text: name in the hub, or local folder")
-    gpt2: str = option("gpt2", "decoder of the text: name in the hub, or local folder")
-    optimus: str = option("", "file of Optimus weights to load into these two (§4.1)")
-    tokens: int = option(28, "longest caption; what is beyond is cut", 64)
-    clip: str = option("", "CLIP for Tables 1 and 2: name in the hub, or local folder")
-    judge: ClassVar[str] = ""  # no flag: only faces have Supervised
-    surrogate = dict(beta=0.01, weight=5.0)
-    free = train_celeba.Settings.free | {"clip"}
+    bert: str = option("encoder of the text: name in the hub, or local folder", "bert-base-cased")
+    gpt2: str = option("decoder of the text: name in the hub, or local folder", "gpt2")
+    optimus: str = option("file of Optimus weights to load into these two (§4.1)", "")
+    tokens: int = option("longest caption; what is beyond is cut", 28, 64, least=2, most=512)
+    clip: str = option("CLIP for Tables 1 and 2: name in the hub, or local folder", "")
+
+    free = (*diffmvae.Settings.free, "clip")
+    surrogate_weight = 5.0
 
 
 # ---- Drawn birds, and captions in varied words from the same factors -----------------------------
@@ -71,7 +68,7 @@ COLOURS = {"black": (25, 25, 30), "white": (246, 246, 242), "grey": (140, 140, 1
 SHAPES = {"short": [(74, -27)], "long": [(94, -27)], "curved": [(76, -32), (82, 6)]}  # of the bill
 SIZES = {"small": 0.68, "large": 0.85}
 SPOT = {"crown": (78, 37), "bill": (101, 46), "body": (78, 54), "wing": (47, 67), "belly": (63, 81)}
-FACTORS = dict.fromkeys(SPOT, COLOURS) | {"shape": SHAPES, "size": SIZES}
+FACTORS = {**dict.fromkeys(SPOT, COLOURS), "shape": SHAPES, "size": SIZES}
 NOUNS = {"crown": "crown", "cap": "crown", "bill": "bill", "beak": "bill", "body": "body",
          "throat": "body", "wing": "wing", "wingbar": "wing", "belly": "belly", "breast": "belly"}
 OPENINGS = ["this bird has", "a bird that has", "this {} bird has", "this is a {} bird with"]
@@ -83,29 +80,37 @@ GRAMMAR = GRAMMAR.replace("{}", f"(?:{'|'.join(SIZES)})")
 def draw_bird(f, rng, size):
     """Picture (size, size, 3) of a bird with factors f; background, tone and place are rng's."""
     canvas = Image.new("RGB", (128, 128), tuple(rng.integers(200, 241, 3).tolist()))
-    pen, shift = ImageDraw.Draw(canvas), rng.integers(-2, 3, 2)
+    pen = ImageDraw.Draw(canvas)
+    shift = rng.integers(-2, 3, 2)
     tone = {k: tuple(int(c * rng.uniform(0.9, 1.03)) for c in COLOURS[f[k]]) for k in SPOT}
-    for shape, points, colour, options in [
-        *(("line", [(x, 30), (x, 52)], (90, 70, 60), dict(width=3)) for x in (-2, 10)),  # legs
-        ("polygon", [(-64, -12), (-30, -8), (-30, 16), (-60, 2)], tone["body"], {}),  # tail
-        ("ellipse", [(-40, -18), (28, 34)], tone["body"], {}),
-        ("ellipse", [(-22, 6), (26, 36)], tone["belly"], {}),
-        ("polygon", [(42, -41), *SHAPES[f["shape"]], (42, -13)], tone["bill"], {}),
-        ("ellipse", [(8, -52), (50, -10)], tone["body"], {}),  # head
-        ("chord", [(8, -52), (50, -10)], tone["crown"], dict(start=185, end=355)),
-        ("ellipse", [(-34, -12), (8, 12)], tone["wing"], {}),
-        ("ellipse", [(35, -33), (41, -27)], "black", {}),  # eye
-    ]:  # birds of both sizes have the bill in the same place
+
+    def add(shape, points, colour, **options):
+        """Both sizes of birds have the bill in the same place."""
         points = SIZES[f["size"]] * (np.array(points) - [44, -28]) + [92, 46] + shift
-        getattr(pen, shape)([tuple(point) for point in points], fill=colour, **options)
+        shape([tuple(point) for point in points], fill=colour, **options)
+
+    for x in (-2, 10):  # legs
+        add(pen.line, [(x, 30), (x, 52)], (90, 70, 60), width=3)
+    add(pen.polygon, [(-64, -12), (-30, -8), (-30, 16), (-60, 2)], tone["body"])  # tail
+    add(pen.ellipse, [(-40, -18), (28, 34)], tone["body"])
+    add(pen.ellipse, [(-22, 6), (26, 36)], tone["belly"])
+    add(pen.polygon, [(42, -41), *SHAPES[f["shape"]], (42, -13)], tone["bill"])
+    add(pen.ellipse, [(8, -52), (50, -10)], tone["body"])  # head
+    add(pen.chord, [(8, -52), (50, -10)], tone["crown"], start=185, end=355)
+    add(pen.ellipse, [(-34, -12), (8, 12)], tone["wing"])
+    add(pen.ellipse, [(35, -33), (41, -27)], "black")  # eye
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
 
 
 def write_caption(f, rng):
     """A caption that names four or all five of the parts of a bird with factors f."""
-    parts = [list(SPOT)[k] for k in sorted(rng.permutation(len(SPOT))[: rng.integers(4, 6)])]
-    noun = {k: rng.choice([word for word, part in NOUNS.items() if part == k]) for k in parts}
-    phrases = [f"a {f['shape'] + ' ' if k == 'bill' else ''}{f[k]} {noun[k]}" for k in parts]
+    chosen = rng.permutation(len(SPOT))[: rng.integers(4, 6)]
+    parts = [list(SPOT)[k] for k in sorted(chosen)]
+    phrases = []
+    nouns = [rng.choice([noun for noun, of in NOUNS.items() if of == part]) for part in parts]
+    for part, noun in zip(parts, nouns):
+        shape = f["shape"] + " " if part == "bill" else ""
+        phrases.append(f"a {shape}{f[part]} {noun}")
     opening = str(rng.choice(OPENINGS)).format(f["size"])
     return f"{opening} {' , '.join(phrases[:-1])} and {phrases[-1]}"
 
@@ -113,7 +118,12 @@ def write_caption(f, rng):
 def parse(caption):
     """What a caption says: {part: colour}, with the bill's shape and the size where it tells."""
     said = {NOUNS[noun]: colour for _, colour, noun in re.findall(PHRASE, caption)}
-    return said | {k: w for k in ("shape", "size") for w in caption.split() if w in FACTORS[k]}
+    for word in caption.split():
+        if word in SHAPES:
+            said["shape"] = word
+        if word in SIZES:
+            said["size"] = word
+    return said
 
 
 def read_colours(pictures):
@@ -122,7 +132,8 @@ def read_colours(pictures):
     x, y = torch.tensor(list(SPOT.values())).T * pictures.shape[-1] // 128  # (parts,) each
     seen = pictures[:, :, y, x].mT.cpu()  # (N, parts, 3)
     nearest = torch.cdist(seen, palette).argmin(-1).tolist()
-    return [dict(zip(SPOT, (list(COLOURS)[k] for k in row))) for row in nearest]
+    names = list(COLOURS)
+    return [{part: names[k] for part, k in zip(SPOT, row)} for row in nearest]
 
 
 def draw_birds(size):
@@ -140,8 +151,16 @@ def draw_birds(size):
 
 # ---- CUB as released -----------------------------------------------------------------------------
 
-def read_birds(folder, size):
-    """As draw_birds, but without factors; the pictures are decoded once, then cached there."""
+def read_captions(path):
+    """The lines of a file that are not empty; none where there is no file."""
+    if not path.exists():
+        return []
+    return [line.strip() for line in read_lines(path) if line.strip()]
+
+
+def read_birds(folder, size, gaps=False):
+    """As draw_birds, but without factors; the pictures are decoded once, then cached there. With
+    gaps, a bird may have no captions."""
     folder = Path(folder)
     root, images = folder / "CUB_200_2011", folder / "CUB_200_2011" / "images"
     texts = folder / ("text" if (folder / "text").exists() else "text_c10")
@@ -152,14 +171,20 @@ def read_birds(folder, size):
     flag = {"1": "train", "0": "test"}
     split_of = read_table(root / "train_test_split.txt", lambda k, i: (k, flag[i]), keys=names)
     captions = []
-    for path in ((texts / name).with_suffix(".txt") for name in names.values()):
-        text = path.read_text("utf-8", "replace") if path.exists() else ""
-        if not (lines := [line.strip() for line in text.splitlines() if line.strip()]):
-            raise InputError(f"{path} is missing or holds no caption: unpack the captions again")
+    for name in names.values():
+        path = (texts / name).with_suffix(".txt")
+        lines = read_captions(path)
+        if not lines and not gaps:
+            raise InputError(f"{path} is missing or holds no caption: unpack the captions again, "
+                             "or allow it by --gaps")
         captions.append((lines * 10)[:10])  # where there are fewer than ten they are repeated
-    read = lambda name: np.asarray(open_picture(images / name, "RGB").resize((size, size)))
-    pictures, data = decoded(folder / f"diffmvae-{size}.pt", read, list(names.values())), {}
-    for split in flag.values():
+
+    def read(name):
+        return np.asarray(open_picture(images / name, "RGB").resize((size, size)))
+
+    pictures = decoded(folder / f"diffmvae-{size}.pt", read, list(names.values()))
+    data = {}
+    for split in ("train", "test"):
         rows = [row for row, k in enumerate(names) if split_of[k] == split]
         if not rows:
             raise InputError(f"{root / 'images.txt'} lists no picture to {split}: get it anew")
@@ -180,8 +205,9 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens):
         tokens = tokens[:, 0]
-        mask = (tokens != self.bert.config.pad_token_id)[:, None, None]  # (B, 1, 1, T)
-        h = self.bert(tokens, attention_mask=mask).pooler_output
+        mask = tokens != self.bert.config.pad_token_id  # (B, T)
+        mask[:, 0] = True  # always [CLS]; and no caption at all, a gap, has something to attend to
+        h = self.bert(tokens, attention_mask=mask[:, None, None]).pooler_output
         return self.linear(h).chunk(2, dim=-1)
 
 
@@ -191,7 +217,9 @@ class TextDecoder(nn.Module):
 
     def __init__(self, gpt2, latent_dim, longest, every_subset):
         super().__init__()
-        self.gpt2, self.longest, self.every_subset = gpt2, longest, every_subset
+        self.gpt2 = gpt2
+        self.longest = longest
+        self.every_subset = every_subset  # GPT-2 at full size decodes one subset a step, not all
         c = gpt2.config
         self.memory = nn.Linear(latent_dim, c.n_layer * c.n_embd, bias=False)
         self.embedding = nn.Linear(latent_dim, c.n_embd, bias=False)
@@ -222,14 +250,18 @@ class TextDecoder(nn.Module):
     @torch.no_grad()
     def sample(self, z, top_p=0.0, temperature=1.0):
         """Captions, (B, longest − 1) tokens: greedy, or nucleus sampling (Holtzman et al. 2020)."""
-        c, cache, likeliest = self.gpt2.config, self.remember(z), hf.TopPLogitsWarper(top_p)
+        c = self.gpt2.config
+        cache = self.remember(z)
+        likeliest = hf.TopPLogitsWarper(top_p)
         token = torch.full((len(z), 1), c.bos_token_id, device=z.device)
-        tokens, ended = [], torch.zeros_like(token, dtype=torch.bool)
+        ended = torch.zeros_like(token, dtype=torch.bool)
+        tokens = []
         while len(tokens) < self.longest - 1 and not ended.all():
             logits = self.logits(token, z, cache)[:, -1] / temperature  # (B, V)
-            token = likeliest(None, logits).softmax(-1).multinomial(1)
-            tokens.append(token := token.masked_fill(ended, c.pad_token_id))
-            ended |= token == c.eos_token_id
+            token = likeliest(None, logits).softmax(-1).multinomial(1)  # (B, 1)
+            token = token.masked_fill(ended, c.pad_token_id)
+            tokens.append(token)
+            ended = ended | (token == c.eos_token_id)
         rest = self.longest - 1 - len(tokens)
         return F.pad(torch.cat(tokens, dim=1), (0, rest), value=c.pad_token_id)
 
@@ -237,8 +269,10 @@ class TextDecoder(nn.Module):
 def pretrained(kind, name):
     """kind.from_pretrained of a local folder or a name in the hub, or an InputError at once."""
     try:
-        files = ["*.json", "*.txt", "*.safetensors"]
-        folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=files)
+        folder = name
+        if not Path(name).is_dir():
+            files = ["*.json", "*.txt", "*.safetensors"]
+            folder = snapshot_download(name, allow_patterns=files)
         if kind is hf.AutoTokenizer:
             found = kind.from_pretrained(folder)
             missing = len(found) <= len(found.all_special_ids)
@@ -249,50 +283,89 @@ def pretrained(kind, name):
             raise ValueError("its words or weights are missing")
         return found
     except Exception as problem:  # the hub's errors have no class in common
-        why = " ".join(str(problem).split()[:40])
-        raise InputError(f"{name} cannot be had as {kind.__name__} ({why}): give a local folder "
-                         "with its files, or connect to the hub") from problem
+        raise InputError(f"{name} cannot be had as {kind.__name__} ({why(problem)}): give a local "
+                         "folder with its files, or connect to the hub") from problem
 
 
 def load_optimus(path, encoder, decoder):
-    """Load Optimus weights into a TextEncoder of BERT and a TextDecoder of GPT-2."""
+    """Load Optimus weights into a TextEncoder of BERT and a TextDecoder of GPT-2.
+
+    Optimus's own file, training.bin, holds its command line, too; nothing in it is executed.
+    """
     ours = {"encoder.linear": "0.linear", "decoder.transformer.linear_emb": "1.embedding",
             "decoder.transformer.linear": "1.memory", "encoder": "0.bert", "decoder": "1.gpt2"}
     try:
-        state = torch.load(path, "cpu", weights_only=True)
-        state = state.get("model_state_dict", state)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, "cpu", weights_only=True)
+    except Exception as problem:  # not there, damaged, or with code to execute
+        raise InputError(f"{path} cannot be loaded ({why(problem)}): give a file of Optimus "
+                         "weights") from problem
+    state = state.get("model_state_dict", state)
+    renamed = {}
+    for key, value in state.items():
+        key = key.removeprefix("module.")
         for theirs, name in ours.items():
-            state = {re.sub(rf"^{theirs}\.", f"{name}.", k): v for k, v in state.items()}
-        pair = nn.ModuleList([encoder, decoder])
-        if missing := pair.load_state_dict(state, strict=False).missing_keys:
-            raise ValueError(f"{missing[0]} and {len(missing) - 1} more are missing")
-    except Exception as problem:  # not there, damaged, not only weights, of other sizes
-        why = " ".join(str(problem).split()[:40])
-        raise InputError(f"{path} is not Optimus with this --latent-dim: {why}") from problem
+            key = re.sub(rf"^{re.escape(theirs)}\.", f"{name}.", key)
+        renamed[key] = value
+    pair = nn.ModuleList([encoder, decoder])
+    try:
+        missing = pair.load_state_dict(renamed, strict=False).missing_keys
+    except RuntimeError as problem:  # of other sizes
+        raise InputError(f"{path} does not fit, perhaps not this --latent-dim "
+                         f"({why(problem)})") from problem
+    if missing:
+        raise InputError(f"{path} is no file of Optimus: {missing[0]} and {len(missing) - 1} more "
+                         "are missing")
+
+
+def word_tokenizer(captions):
+    """A tokenizer of the lower-case words that captions have at least twice."""
+    special = {"pad_token": "<PAD>", "bos_token": "<BOS>", "eos_token": "<EOS>"}
+    base = Tokenizer(models.WordLevel(unk_token="<UNK>"))
+    base.normalizer = normalizers.Lowercase()
+    base.pre_tokenizer = pre_tokenizers.Whitespace()
+    reserved = [*special.values(), "<UNK>"]
+    base.train_from_iterator(captions, trainers.WordLevelTrainer(min_frequency=2,
+                                                                 special_tokens=reserved))
+    return hf.PreTrainedTokenizerFast(tokenizer_object=base, unk_token="<UNK>", **special)
 
 
 def text_tokenizers(s, captions):
-    """BERT's tokenizer and GPT-2's for settings s; small: the words that captions have twice."""
-    special = dict(pad_token="<PAD>", bos_token="<BOS>", eos_token="<EOS>")
+    """BERT's tokenizer and GPT-2's, those of the run if it has begun; small: one of the words."""
+    if (Path(s.out) / "model.pt").exists():
+        return run_tokenizers(s.out)
     if s.text == "small":
-        base = Tokenizer(models.WordLevel(unk_token="<UNK>"))
-        base.normalizer, base.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-        reserved = [*special.values(), "<UNK>"]
-        trainer = trainers.WordLevelTrainer(min_frequency=2, special_tokens=reserved)
-        base.train_from_iterator((c for ten in captions for c in ten), trainer)
-        return [hf.PreTrainedTokenizerFast(tokenizer_object=base, unk_token="<UNK>", **special)] * 2
+        words = word_tokenizer(captions)
+        return [words, words]
     tokenizers = [pretrained(hf.AutoTokenizer, name) for name in (s.bert, s.gpt2)]
-    tokenizers[1].add_special_tokens(special)
+    tokenizers[1].add_special_tokens({"pad_token": "<PAD>", "bos_token": "<BOS>",
+                                      "eos_token": "<EOS>"})
     return tokenizers
 
 
+def run_tokenizers(out):
+    """The two that are part of a run."""
+    return [pretrained(hf.AutoTokenizer, f"{out}/tokenizer-{end}") for end in ("in", "out")]
+
+
 def tokenise(tokenizers, captions, length):
-    """N captions as BERT's tokens and GPT-2's, (N, 2, length), padded on the right."""
-    options = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    ends = [(words.bos_token or "", words.eos_token or "") for words in tokenizers]  # or its own
-    both = [words([begin + caption + end for caption in captions], **options)["input_ids"]
-            for words, (begin, end) in zip(tokenizers, ends)]
-    return torch.stack(both, dim=1)
+    """N captions as BERT's tokens and GPT-2's, (N, 2, length), padded on the right.
+
+    Too long ones lose words, never their end. What looks like a special token is text.
+    """
+    rows = []
+    for words in tokenizers:
+        begin, end = words.bos_token_id, words.eos_token_id
+        if begin is None:  # BERT's own
+            begin, end = words.cls_token_id, words.sep_token_id
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        texts = words(captions, **options)["input_ids"] if captions else []
+        padded = torch.full((len(captions), length), words.pad_token_id)
+        for row, text in zip(padded, texts):
+            tokens = [begin, *text[: length - 2], end]
+            row[: len(tokens)] = torch.tensor(tokens)
+        rows.append(padded)
+    return torch.stack(rows, dim=1)
 
 
 def spell(tokenizers, tokens):
@@ -302,11 +375,41 @@ def spell(tokenizers, tokens):
 
 # ---- The two modalities --------------------------------------------------------------------------
 
+def tensors(birds, tokenizers, length):
+    """What draw_birds or read_birds gave: {split: {modality: (N, ...)}}, which have captions."""
+    data, observed = {}, {}
+    for split, (pictures, captions, _) in birds.items():
+        flat = [caption for ten in captions for caption in (ten if ten else [""] * 10)]
+        tokens = tokenise(tokenizers, flat, length)
+        data[split] = {"image": pictures, "caption": tokens.unflatten(0, (-1, 10))}
+        observed[split] = {"caption": torch.tensor([len(ten) > 0 for ten in captions])}
+    return data, observed
+
+
 def batch(data, i=slice(None)):
     """Examples i as the networks see them, with one of their captions drawn."""
-    image, captions = data["image"][i] / 127.5 - 1, data["caption"][i].long()  # (B, 10, 2, T)
+    captions = data["caption"][i].long()  # (B, 10, 2, T)
     drawn = torch.randint(captions.shape[1], (len(captions), 1, 1, 1), device=captions.device)
-    return {"image": image, "caption": captions.take_along_dim(drawn, 1)[:, 0]}  # (B, 2, T)
+    caption = captions.take_along_dim(drawn, 1)[:, 0]  # (B, 2, T)
+    return {"image": data["image"][i] / 127.5 - 1, "caption": caption}
+
+
+def small_text_models(special, num_words):
+    """BERT and GPT-2 of two layers, untrained, with sinusoids for positions (Vaswani et al. 2017).
+
+    special: {"pad_token_id": …}. Neighbours find each other sooner by sinusoids.
+    """
+    sizes = {"vocab_size": num_words, "hidden_size": 128, "intermediate_size": 512,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 128**-0.5,
+             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "resid_pdrop": 0.0,
+             "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    bert = hf.BertModel(hf.BertConfig(**sizes, **special))
+    gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **special))
+    for positions in (bert.embeddings.position_embeddings, gpt2.transformer.wpe):
+        n = len(positions.weight)
+        waves = torch.arange(n)[:, None] / 100 ** torch.linspace(0, 1, 64)  # (n, 64)
+        positions.weight.data = 0.3 * torch.cat([waves.sin(), waves.cos()], dim=1)  # (n, 128)
+    return bert, gpt2
 
 
 def text_networks(s, tokenizers):
@@ -314,15 +417,7 @@ def text_networks(s, tokenizers):
     words = tokenizers[1]
     special = {f"{k}_token_id": getattr(words, f"{k}_token_id") for k in ("pad", "bos", "eos")}
     if s.text == "small":
-        size = dict(vocab_size=len(words), hidden_size=128, intermediate_size=512,
-                    num_hidden_layers=2, num_attention_heads=4, initializer_range=128**-0.5)
-        size |= dict.fromkeys(["hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop",
-                               "embd_pdrop", "attn_pdrop"], 0.0)
-        bert = hf.BertModel(hf.BertConfig(**size, **special))
-        gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(**size, **special))
-        for positions in (bert.embeddings.position_embeddings, gpt2.transformer.wpe):
-            waves = torch.arange(len(positions.weight))[:, None] / 100 ** torch.linspace(0, 1, 64)
-            positions.weight.data = 0.3 * torch.cat([waves.sin(), waves.cos()], dim=1)  # (n, 128)
+        bert, gpt2 = small_text_models(special, len(words))
     else:
         bert, gpt2 = pretrained(hf.BertModel, s.bert), pretrained(hf.GPT2LMHeadModel, s.gpt2)
         gpt2.resize_token_embeddings(len(words))
@@ -335,61 +430,90 @@ def text_networks(s, tokenizers):
 
 
 def build(s, tokenizers):
-    """The untrained model and latent prior for settings s (§4.1); the prior's UNet is 1-D."""
-    if s.latent_dim % 2 or not 2 <= s.tokens <= 512:
-        raise InputError(f"--latent-dim {s.latent_dim} must be even, --tokens {s.tokens} 2 to 512")
-    pairs = zip(image_networks(s), text_networks(s, tokenizers))
-    networks = ({"image": image, "caption": caption} for image, caption in pairs)
-    model = DiffMVAE(*networks, s.family, s.beta, {"caption": s.weight})
+    """The untrained model and latent prior for settings s (§4.1)."""
+    if s.latent_dim % 2:
+        raise InputError(f"--latent-dim {s.latent_dim}: give an even number")
+    image_encoder, image_decoder = image_networks(s)
+    text_encoder, text_decoder = text_networks(s, tokenizers)
+    encoders = {"image": image_encoder, "caption": text_encoder}
+    decoders = {"image": image_decoder, "caption": text_decoder}
+    model = multimodal(s, encoders, decoders, {"caption": s.weight})
     return model, latent_prior(s, (s.latent_dim,))
 
 
 def load(out, device="cpu"):
     """(model, prior, tokenizers) that a finished run left in the folder out."""
-    tokenizers = [pretrained(hf.AutoTokenizer, f"{out}/tokenizer-{k}") for k in ("in", "out")]
-    settings = lambda **saved: Settings(**saved | {"optimus": ""})  # the weights are in the run
-    parts = train_celeba.load(out, device, settings, partial(build, tokenizers=tokenizers))
-    return *parts, tokenizers
+    tokenizers = run_tokenizers(out)
+
+    def settings(**saved):
+        saved["optimus"] = ""  # those weights are in the run's
+        return Settings(**saved)
+
+    model, prior = load_run(out, settings, lambda s: build(s, tokenizers), device)
+    return model, prior, tokenizers
 
 
 # ---- Measuring (Tables 1 and 2), drawing (Figures 3 and 4), and the run --------------------------
 
 def caption_nats(model, x):
     """{z given: log p(caption|z) in nats, averaged over the examples x}."""
-    given = {"both": ["image", "caption"], "the caption": ["caption"], "the image": ["image"]}
-    z = {label: infer(model, x, names) for label, names in given.items()}
+    z = {
+        "both": infer(model, x, ["image", "caption"]),
+        "the caption": infer(model, x, ["caption"]),
+        "the image": infer(model, x, ["image"]),
+    }
     z["another bird's image"] = z["the image"].roll(len(x["image"]) // 2, 0)
-    log_prob = lambda rows: [model.decoders["caption"].log_prob(rows["x"], rows["z"])]
-    nats = lambda z: in_batches(log_prob, {"x": x["caption"], "z": z}, "nats", 32)[0].mean().item()
-    return {label: {"nats": nats(rows)} for label, rows in z.items()}
+
+    def log_prob(rows):
+        return [model.decoders["caption"].log_prob(rows["caption"], rows["z"])]
+
+    table = {}
+    for label, rows in z.items():
+        (each,) = in_batches(log_prob, {"caption": x["caption"], "z": rows}, "nats", 32)
+        table[label] = {"nats": each.mean().item()}
+    return table
 
 
 def generate(model, tokenizers, x, n, prior=None, training=None):
-    """{label: (pictures, captions)}: x, each from the other and, with the prior, from nothing."""
-    picture = lambda z: sample(model.decoders["image"], z)
-    caption = lambda z: spell(tokenizers, sample(model.decoders["caption"], z))
+    """{label: (pictures, captions)}: x, each from the other (pictures of the first n) and, with the
+    prior, from nothing."""
+    def picture(z):
+        return sample(model.decoders["image"], z)
+
+    def caption(z):
+        return spell(tokenizers, sample(model.decoders["caption"], z))
+
     pictures, captions = x["image"], spell(tokenizers, x["caption"][:, 1])
-    pairs = {"real": (pictures, captions),
-             "caption from image": (pictures, caption(infer(model, x, ["image"]))),
-             "image from caption": (picture(infer(model, x, ["caption"])[:n]), captions[:n])}
-    nothing = unconditional(model, prior, training) if prior else {}
-    return pairs | {label: (picture(z), caption(z)) for label, z in nothing.items()}
+    pairs = {"real": (pictures, captions)}
+    pairs["caption from image"] = pictures, caption(infer(model, x, ["image"]))
+    pairs["image from caption"] = picture(infer(model, x, ["caption"])[:n]), captions[:n]
+    if prior is not None:
+        for label, z in unconditional(model, prior, training).items():
+            pairs[label] = picture(z), caption(z)
+    return pairs
+
+
+def agreement(said, true):
+    """Of what each of said, [{factor: value}], has in common with true, the share that is alike."""
+    alike = [a[k] == b[k] for a, b in zip(said, true) for k in a.keys() & b.keys()]
+    return float(np.mean(alike)) if alike else 0.0
 
 
 def coherence(pairs, factors):
     """{label: {measure: value}}: the share of the colours named that the picture shows, and of all
     that is said what is true of the real bird; claims per caption; captions within the grammar."""
-    known, table = {"real": factors, "caption from image": factors}, {}
-    known["real, shuffled"] = np.roll(factors, len(factors) // 2)
-    agree = lambda said, true: np.mean(
-        [a[k] == b[k] for a, b in zip(said, true) for k in a.keys() & b.keys()] or [0])
+    shuffled = np.roll(factors, len(factors) // 2)
+    known = {"real": factors, "caption from image": factors, "real, shuffled": shuffled}
+    table = {}
     for label, (pictures, captions) in pairs.items():
         said = [parse(caption) for caption in captions]
-        row = table[label] = {"colours": agree(said, read_colours(pictures))}
+        row = {"colours": agreement(said, read_colours(pictures))}
         if label in known:
-            row["all factors"] = agree(said, known[label])
-        row["claims"] = np.mean([*map(len, said)])
-        row["grammatical"] = np.mean([bool(re.fullmatch(GRAMMAR, text)) for text in captions])
+            row["all factors"] = agreement(said, known[label])
+        row["claims"] = float(np.mean([len(claims) for claims in said]))
+        matches = [re.fullmatch(GRAMMAR, caption) is not None for caption in captions]
+        row["grammatical"] = float(np.mean(matches))
+        table[label] = row
     return table
 
 
@@ -401,6 +525,7 @@ def table2(clip, pairs, device):
     mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=device)[..., None, None]
 
     def features(x):
+        """Of pictures and captions, each (B, d)."""
         pixels = F.interpolate(x.pop("image"), (side, side), mode="bicubic", antialias=True)
         image = clip.get_image_features(((pixels + 1) / 2 - mean) / std).pooler_output
         return image, clip.get_text_features(**x).pooler_output
@@ -410,53 +535,73 @@ def table2(clip, pairs, device):
         tokens = words(captions, padding=True, truncation=True, return_tensors="pt").to(device)
         found[label] = in_batches(features, {"image": pictures, **tokens}, "CLIP")
     real, _ = found["real"]
-    return {label: {"CLIP score": 100 * F.cosine_similarity(image, text).mean().item(),
-                    "Fréchet, CLIP": frechet_distance(image, real)}
-            for label, (image, text) in found.items()}
+    table = {}
+    for label, (image, text) in found.items():
+        score = 100 * F.cosine_similarity(image, text).mean().item()
+        table[label] = {"CLIP score": score, "Fréchet, CLIP": frechet_distance(image, real)}
+    return table
 
 
-def draw(path, model, x, prior=None, training=None, tokenizers=None):
+def draw(path, model, tokenizers, x, prior=None, training=None):
     """Figures 3 and 4: generate's rows; at the end, with the prior, four pictures a caption."""
     pairs = generate(model, tokenizers, x, len(x["image"]), prior, training)
-    for again in range(2, 5 if prior else 2):
-        pictures = sample(model.decoders["image"], infer(model, x, ["caption"]))
-        pairs[f"image from caption ({again})"] = pictures, pairs["real"][1]
-    rows, captions = ({label: pair[k] for label, pair in pairs.items()} for k in (0, 1))
+    if prior is not None:
+        for again in (2, 3, 4):
+            pictures = sample(model.decoders["image"], infer(model, x, ["caption"]))
+            pairs[f"image from caption ({again})"] = pictures, pairs["real"][1]
+    rows = {label: pictures for label, (pictures, _) in pairs.items()}
+    captions = {label: texts for label, (_, texts) in pairs.items()}
     save_grid(path, rows, captions, side=128)
+
+
+def measure(s, model, prior, tokenizers, clip, test, training, factors):
+    """The tables, and the pictures made for them, {label: (n, 3, H, W)}."""
+    pairs = generate(model, tokenizers, test, s.measured, prior, training)
+    made = {label: pictures for label, (pictures, _) in pairs.items()}
+    del made["caption from image"]  # which are real
+    pictures, captions = pairs["real"]
+    pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions  # CUB's kinds in order
+    tables = {"log p of the caption, z given": caption_nats(model, test)}
+    if factors is not None:
+        tables["coherence"] = coherence(pairs, factors)
+    if clip:
+        tables["CLIP"] = table2(clip, pairs, s.device)
+    return tables, made
 
 
 def run(s):
     """Data, both stages of training, the tables on the screen, results.json, samples.png."""
-    if s.report:
-        return show(train_celeba.report(s))
-    clip = [pretrained(kind, s.clip) for kind in (hf.CLIPModel, hf.AutoTokenizer) if s.clip]
-    birds = read_birds(s.data, s.size) if s.data else draw_birds(s.size)
-    tokenizers, data = text_tokenizers(s, birds["train"][1]), {}
-    for split, (pictures, captions, _) in birds.items():
-        tokens = tokenise(tokenizers, [c for ten in captions for c in ten], s.tokens).to(s.device)
-        data[split] = {"image": pictures.to(s.device), "caption": tokens.unflatten(0, (-1, 10))}
-    pair, sheet = build(s, tokenizers), partial(draw, tokenizers=tokenizers)
-    model, prior, seconds = train(s, data["train"], pair, batch, sheet)
-    for k, words in zip(("in", "out"), tokenizers):
-        words.save_pretrained(f"{s.out}/tokenizer-{k}")
+    clip = []
+    if s.clip:
+        clip = [pretrained(kind, s.clip) for kind in (hf.CLIPModel, hf.AutoTokenizer)]
+    birds = read_birds(s.data, s.size, s.gaps) if s.data else draw_birds(s.size)
+    captions = [caption for ten in birds["train"][1] for caption in ten]
+    tokenizers = text_tokenizers(s, captions)
+    for end, words in zip(("in", "out"), tokenizers):
+        words.save_pretrained(f"{s.out}/tokenizer-{end}")
+    data, observed = tensors(birds, tokenizers, s.tokens)
+    whole = complete(data["train"], observed["train"])
+    data, observed = labelled(s, data, observed, ["caption"])
+    model, prior = build(s, tokenizers)
+
+    def preview(averaged):
+        eight = {name: x[:8] for name, x in data["test"].items()}
+        draw(Path(s.out) / "preview.png", averaged, tokenizers, batch(eight))
+
+    model, prior, seconds = train(s, data, observed, model, prior, batch, preview)
     torch.manual_seed(s.seed)
-    test = batch(data["test"] | {"caption": data["test"]["caption"][:, :1]})
-    training = batch(data["train"], slice(s.measured))
-    pairs = generate(model, tokenizers, test, s.measured, prior, training)
-    made = {label: pair for label, pair in pairs.items() if label != "caption from image"}
-    pictures, captions = pairs["real"]
-    pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions  # CUB's kinds in order
-    tables = {"log p of the caption, z given": caption_nats(model, test)}
-    if factors := birds["test"][2]:
-        tables["coherence"] = coherence(pairs, factors)
-    if clip:
-        tables["CLIP"] = table2(clip, pairs, s.device)
-    show(tables)
-    x, training = ({name: v[:8] for name, v in part.items()} for part in (test, training))
-    sheet(Path(s.out) / "samples.png", model, x, prior, training)
+    test = batch({**data["test"], "caption": data["test"]["caption"][:, :1]})
+    training = batch(whole, slice(s.measured))
+    training = {name: x.to(s.device) for name, x in training.items()}
+    tables, made = measure(s, model, prior, tokenizers, clip, test, training, birds["test"][2])
+    if s.is_bound:
+        tables["Eq. 5"] = nats(model, data["test"], batch)
+    x, some = ({name: v[:8] for name, v in part.items()} for part in (test, training))
+    draw(Path(s.out) / "samples.png", model, tokenizers, x, prior, some)
     save_results(s, {"tables": tables, "seconds": seconds})
     if s.export:
-        train_celeba.export(s.export, made)
+        export(s.export, made)
+    show(tables)
 
 
 if __name__ == "__main__":
