@@ -481,7 +481,7 @@ class UNet(nn.Module):
 
 
 class MLPBlock(nn.Module):
-    """h + linear(silu((1 + s) LN(h) + b)), s and b linear in e. h: (B, width), e: (B, embedding)."""
+    """h + linear(silu((1 + s) LN(h) + b)), s, b linear in e. h: (B, width), e: (B, embedding)."""
 
     def __init__(self, width, embedding):
         super().__init__()
@@ -653,7 +653,7 @@ def without_gaps(x, observed):
 
 
 def remaining(family, there):
-    """A ∩ observed for each A and example, (S, M), (B, M) bool -> (B, S, M), and which count, (B, S).
+    """A ∩ observed of each A, (S, M), and example, (B, M): (B, S, M), and which count, (B, S), bool.
 
     What is empty by that does not count. All that is there stands in its place, to be computable.
     """
@@ -743,9 +743,9 @@ class DiffMVAE(nn.Module):
     def elbo(self, x, observed=None, A=None, exact=False):
         """Eq. 5 for x, {name: (B, ...)}: each decoder runs once, the KL is exact.
 
-        A Gaussian's KL needs no decoder, so it is averaged over all subsets: a mean over A of bounds
-        on log p(x) is a bound, and what can be summed need not be drawn. exact: every decoder runs
-        for every subset. A: (M,) bool takes this subset alone in place of the family.
+        A Gaussian's KL needs no decoder, so it is averaged over all subsets: a mean of bounds on
+        log p(x) is a bound, and what can be summed need not be drawn. exact: every decoder runs for
+        every subset. A: (M,) bool takes this subset alone in place of the family.
         """
         if A is not None and not (A.any() or self.prior_expert):
             raise ValueError("A is empty: only the prior expert allows a subset of nothing")
@@ -806,12 +806,12 @@ class LatentPrior(Diffusion):
     """ε-matching (Eq. 1) on z_0 ~ q(z|x) = ∏_i q(z|x_i): where unconditional z come from.
 
     It is trained after the model, on the finished encoders. shape: how the D latents are laid out
-    for net, (D,) for a ResidualMLP; the paper's UNets have (1, 16, 16) for CelebA, (1, 768) for CUB.
+    for net, (D,) for a ResidualMLP, and for the paper's UNets (1, 16, 16) (CelebA), (1, 768) (CUB).
     Deviation: z is standardised; otherwise its scale would not fit the fixed noise schedule.
     """
 
     def __init__(self, net, shape, weighting="velocity"):
-        super().__init__(net, shape, weighting=weighting, evaluations=50)  # as the paper; cheap here
+        super().__init__(net, shape, weighting=weighting, evaluations=50)  # as in the paper
         self.register_buffer("mean", torch.zeros(math.prod(shape)))
         self.register_buffer("std", torch.ones(math.prod(shape)))
 
@@ -1021,8 +1021,9 @@ def fit(model, terms, objective, num_examples, steps, batch_size, rates, s, stag
             if not due and step % reading > 0:
                 continue
             seconds = time.monotonic() - started
-            row = {"step": step, "seconds": seconds, **sums.means(step, path)}
-            bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
+            means = sums.means(step, path)
+            bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+            row = {"step": step, "seconds": round(seconds, 2), **means}
             history.append(row)
             if due:
                 if held_out is not None:
@@ -1032,7 +1033,8 @@ def fit(model, terms, objective, num_examples, steps, batch_size, rates, s, stag
                 save_checkpoint(path, {**state, **states})
                 save_history(path, history)
                 if stopped.is_set():
-                    raise KeyboardInterrupt(f"stopped after step {step}, saved in {path}: run it again")
+                    raise KeyboardInterrupt(f"stopped after step {step}, saved in {path}: run it "
+                                            "again")
                 if preview is not None:
                     preview(trainee.averaged)
                 started = time.monotonic() - seconds

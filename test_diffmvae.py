@@ -893,7 +893,8 @@ def test_other_settings_are_refused_by_name(tmp_path):
 def test_a_broken_loss_stops_and_keeps_the_checkpoint(tmp_path):
     stop_after(3, tmp_path)
     before = (tmp_path / "model.pt").read_bytes()
-    with pytest.raises(FloatingPointError, match="^size not finite before step 20: .*model.pt is kept"):
+    kept = "^size not finite before step 20: .*model.pt is kept"
+    with pytest.raises(FloatingPointError, match=kept):
         toy(tmp_path, size=math.nan)
     assert (tmp_path / "model.pt").read_bytes() == before
 

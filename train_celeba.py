@@ -21,9 +21,9 @@ from tqdm import tqdm
 import diffmvae
 from diffmvae import (
     ConvDecoder, ConvEncoder, Encoder, FeedForward, InputError, bernoulli, complete, conv_widths,
-    decoded, export, f1_score, frechet_distance, image_networks, in_batches, infer, labelled, latent_prior,
-    load_run, main, mlp, multimodal, nats, open_picture, option, read_checkpoint, read_lines,
-    read_table, sample, save_grid, save_results, show, train, unconditional,
+    decoded, export, f1_score, frechet_distance, image_networks, in_batches, infer, labelled,
+    latent_prior, load_run, main, mlp, multimodal, nats, open_picture, option, read_checkpoint,
+    read_lines, read_table, sample, save_grid, save_results, show, train, unconditional,
 )
 
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
