@@ -206,7 +206,7 @@ class Diffusion(nn.Module):
     of the network for a sample, the table's if None.
 
                  weighting    λ(t) in Eq. 2   t uniform in   a bound, in nats   sampler, evaluations
-    Diff-MVAE    likelihood   g(t)²           log-SNR ℓ      yes                Euler–Maruyama, 200
+    Diff-MVAE    likelihood   g(t)²           log-SNR ℓ      yes                Euler–Maruyama, 100
     Diff-MVAE*   simple       σ(t)², Eq. 1    t              no, a surrogate    DDIM, 20
     Diff-MVAE*   velocity     ∝ g² σ/α        angle φ        no, a surrogate    DDIM, 20
 
@@ -216,7 +216,7 @@ class Diffusion(nn.Module):
     on the angle, so that less is spent on almost pure noise: half of all t have α² < 0.08.
     """
 
-    samplers = {"likelihood": (euler_maruyama, 200), "simple": (ddim, 20), "velocity": (ddim, 20)}
+    samplers = {"likelihood": (euler_maruyama, 100), "simple": (ddim, 20), "velocity": (ddim, 20)}
 
     def __init__(self, net, shape, sde=VPSDE(), weighting="likelihood", evaluations=None):
         super().__init__()
@@ -1185,7 +1185,7 @@ class Settings:
     prior_steps: int = option("training steps of the latent prior", 4000, 10_000, least=1)
     prior_batch: int = option("latents in such a step", 256, least=1)
     prior_rate: float = option("its learning rate", 2e-3, 1e-3)
-    evaluations: int = option("of the network for a picture (default: 20, or 200 for a bound)",
+    evaluations: int = option("of the network for a picture (default: 20, or 100 for a bound)",
                               None, least=1)
     measured: int = option("pictures generated of each kind for the tables", 256, 6000, least=2)
 

@@ -451,7 +451,7 @@ def test_each_weighting_samples_with_its_own_sampler():
         assert torch.equal(same.sample(z, noise=noise), sampled)
     calls.clear()
     random = bound.sample(z)
-    assert random.shape == (2, 1) and not random.requires_grad and len(calls) == 200
+    assert random.shape == (2, 1) and not random.requires_grad and len(calls) == 100
     assert not torch.equal(bound.sample(z, noise=noise), bound.sample(z, noise=noise))  # random
     calls.clear()
     quick = bound.sample(z, noise=noise, sampler=dm.ddim, steps=3)
@@ -1949,17 +1949,18 @@ def test_what_is_for_faces_alone_is_refused_for_birds(monkeypatch, capsys):
 
 
 def test_readme_examples(tmp_path, monkeypatch, capsys, quick):
-    """Every Python block of the README runs, in order, beside small trained runs."""
+    """Every Python block of README and results runs, in order, beside small trained runs."""
     monkeypatch.chdir(tmp_path)
     celeba.run(tiny(out="runs/drawn"))
     celeba.run(tiny(out="runs/bound", weighting="likelihood"))
     celeba.run(tiny(out="runs/mopoe", decoder="feedforward"))
     celeba.run(tiny(out="runs/supervised", decoder="none"))
     cub.run(tiny(cub.Settings, out="runs/birds", measured=4))
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 4
+    pages = [(ROOT / page).read_text("utf-8") for page in ("README.md", ".github/results.md")]
+    blocks = re.findall(r"```python\n(.*?)```", "".join(pages), re.DOTALL)
+    assert len(blocks) >= 5
     namespace = {}
     for block in blocks:
-        exec(block.replace("(50, 100, 500)", "(2, 3)"), namespace)
+        exec(block.replace("(20, 50, 100, 200)", "(2, 3)"), namespace)
     assert all(Path(f"{name}.png").exists() for name in ("figure5", "glasses", "birds"))
     assert "| Fréchet distance | sharpness |" in capsys.readouterr().out
