@@ -212,8 +212,9 @@ class Diffusion(nn.Module):
 
     with α = cos φ, σ = sin φ. Deviation: the paper gives Diff-MVAE* λ = 1. In Eq. 2 that would
     weigh small t still more than g² does; the works it cites have λ = 1 on Eq. 1's ε-loss:
-    "simple". "velocity" has it on the network's own output, ‖v − v̂‖² (Salimans and Ho 2022), and
-    on the angle, so that less is spent on almost pure noise: half of all t have α² < 0.08.
+    "simple". "velocity" has it on the network's own output, ‖v − v̂‖² = ‖ε − ε̂‖²/α² (Salimans and
+    Ho 2022), with times uniform in φ, so that less is spent on almost pure noise: half of all t have
+    α² < 0.08. Since dφ = g² α/(2σ) dt, that is the λ of the table.
     """
 
     samplers = {"likelihood": (euler_maruyama, 100), "simple": (ddim, 20), "velocity": (ddim, 20)}
@@ -254,15 +255,15 @@ class Diffusion(nn.Module):
 
     def draw_times(self, n, device):
         """(n,) times, each uniform on [t_min, 1] in what the table says."""
-        ell_1, ell_0 = self.sde.log_snr_ends()
+        ell_1, ell_0 = self.sde.log_snr_ends()  # at t = 1, at t_min
         u = stratified(n, device)
         if self.weighting == "likelihood":
             return self.sde.time_at(ell_1 + (ell_0 - ell_1) * u)
         if self.weighting == "simple":
             return self.sde.t_min + (1 - self.sde.t_min) * u
-        phi_0, phi_1 = math.atan(math.exp(-ell_0 / 2)), math.atan(math.exp(-ell_1 / 2))
-        phi = phi_0 + (phi_1 - phi_0) * u  # tan φ = σ/α = e^(−ℓ/2)
-        return self.sde.time_at(-2 * phi.tan().log())
+        phi_0, phi_1 = (math.atan(math.exp(-ell / 2)) for ell in (ell_0, ell_1))  # tan φ = σ/α
+        phi = phi_0 + (phi_1 - phi_0) * u
+        return self.sde.time_at(-2 * phi.tan().log())  # ℓ = log α²/σ² = −2 log tan φ
 
     def log_prob(self, x, z=None, t=None, eps=None):
         """An estimate of a lower bound b(x, z) ≤ log p(x|z) in nats, or of what stands for it.
@@ -653,9 +654,11 @@ def without_gaps(x, observed):
 
 
 def remaining(family, there):
-    """A ∩ observed of each A, (S, M), and example, (B, M): (B, S, M), and which count, (B, S), bool.
+    """A ∩ observed, for A in family, (S, M), and what of each example is there, (B, M); all bool.
 
-    What is empty by that does not count. All that is there stands in its place, to be computable.
+    Returns (B, S, M), and which of them count, (B, S): not those of which nothing is left (an A
+    that was empty from the start counts). In their place stands all that is there, since the
+    product of nobody cannot be computed; mean_where then leaves it out.
     """
     present = family & there[:, None]  # (B, S, M)
     counts = present.any(-1) | ~family.any(-1)  # (B, S)
@@ -736,8 +739,8 @@ class DiffMVAE(nn.Module):
         if getattr(decoder, "every_subset", False):
             x = x.repeat_interleave(size, dim=0)  # (B S, ...)
             return mean_where(counts, decoder.log_prob(x, z.flatten(0, 1)).view(batch, size))
-        number = (counts.sum(1) * stratified(batch, z.device)).long()  # (B,) of those that count
-        drawn = (counts.cumsum(1) > number[:, None]).int().argmax(1)  # (B,) of all
+        k = (counts.sum(1) * stratified(batch, z.device)).long()  # (B,) uniform on 0 .. number − 1
+        drawn = (counts.cumsum(1) > k[:, None]).int().argmax(1)  # (B,) the k-th that counts
         return decoder.log_prob(x, z[torch.arange(batch, device=z.device), drawn])
 
     def elbo(self, x, observed=None, A=None, exact=False):
@@ -780,7 +783,8 @@ class MVTCAE(DiffMVAE):
 
     (M − α)/M E[Σ_i log p(x_i|z)] − (1 − α) KL(q ‖ p(z)) − α/M Σ_i KL(q ‖ q(z|x_i)),  q = q(z|x)
 
-    with the product of all experts alone. α = 0 is the objective of MVAE.
+    with the product of all experts alone. α = 0 is the objective of MVAE. The first factor is in
+    the decoders' weights.
     """
 
     def __init__(self, encoders, decoders, alpha=0.9, beta=1.0, weights=None):
@@ -791,7 +795,7 @@ class MVTCAE(DiffMVAE):
 
     def divergence(self, mu, logvar, expert_mu, expert_logvar):
         to_prior = kl_divergence(mu, logvar)  # (B, 1)
-        to_experts = kl_divergence(mu, logvar, expert_mu, expert_logvar)  # (B, M)
+        to_experts = kl_divergence(mu, logvar, expert_mu, expert_logvar)  # (B, M), q against each
         return (1 - self.alpha) * to_prior + self.alpha * to_experts.mean(1, keepdim=True)
 
     def elbo(self, x, observed=None, A=None, exact=False):

@@ -371,9 +371,10 @@ def test_bound_stays_below_the_density_of_the_reverse_sde(sde, seed, m, s2, size
         assert exact_bound(diffusion(eps, (1,), sde), x) <= density.log_prob(x).item() + 1e-6
 
 
+@pytest.mark.parametrize("sde", [SDES[0], SDES[2]])
 @pytest.mark.parametrize("weighting", ["likelihood", "simple", "velocity"])
-def test_drawn_times_and_noise_give_the_same_expectation(weighting):
-    m, s2, sde, n = 0.4, 0.5, dm.VPSDE(), 200_000
+def test_drawn_times_and_noise_give_the_same_expectation(weighting, sde):
+    m, s2, n = 0.4, 0.5, 200_000
     x, model = f64([0.9, -0.3]), diffusion(gaussian_eps(m, s2), (2,), sde, weighting)
     drawn = model.log_prob(x.expand(n, 2))
     if weighting == "likelihood":
@@ -765,8 +766,14 @@ def test_any_subset_generates_everything(quick):
 def test_an_empty_subset_with_the_prior_expert_is_the_prior():
     world = LinearGaussian()
     model = dm.DiffMVAE(world.experts(True), world.decoders(), prior_expert=True)
-    nothing = model.elbo(world.x, A=torch.zeros(3, dtype=torch.bool))
-    assert nothing.kl.item() == approx(0, abs=1e-12)
+    x = {k: v.expand(4000, -1) for k, v in world.x.items()}
+    nothing = model.elbo(x, A=torch.zeros(3, dtype=torch.bool))
+    assert nothing.kl.abs().max().item() == approx(0, abs=1e-12)
+    for k, term in nothing.log_prob.items():  # E log N(x; Wz + b, ψ) over z ~ N(0, I)
+        square = (world.x[k] - world.b[k]).square().sum() + world.W[k].square().sum()
+        n = world.x[k].numel()
+        expected = -0.5 * (square / world.psi[k] + n * (2 * math.pi * world.psi[k]).log())
+        assert abs(term.mean() - expected) < 5 * term.std() / 4000**0.5
 
 
 def test_calibrated_gaussian_and_bernoulli():
@@ -790,6 +797,7 @@ def test_latent_prior_standardises():
     z = dm.sample_gaussian(mu.repeat(400, 1), logvar.repeat(400, 1))
     assert_close(prior.mean, z.mean(0), rtol=0.02, atol=0.05)
     assert_close(prior.std, z.std(0), rtol=0.02, atol=0)
+    assert (prior.evaluations, prior.weighting) == (50, "velocity")
     samples = prior.sample(20_000, noise=torch.randn(20_000, 1, 4), steps=200)
     assert samples.shape == (20_000, 4)
     assert_close(samples.mean(0), prior.mean, atol=0.12, rtol=0)
@@ -1009,6 +1017,25 @@ def test_save_grid(tmp_path):
     dm.save_grid(tmp_path / "grid.png", {"a row": pictures, "another": pictures[:2, :1]})
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape[0] == 2 * 66 and {0, 128, 255} <= set(np.unique(grid[:64, -190:]).tolist())
+    second = grid[66:130, -198:]
+    assert (second[:, :64] == 0).all() and (second[:, 66:130] == 128).all()
+
+
+def test_save_curves(tmp_path):
+    """One panel a term: a rising curve goes from bottom left to top right; held out in red."""
+    history = [{"step": k, "seconds": k / 2, "up": float(k), "flat": 1.0} for k in range(1, 101)]
+    history[0]["up"] = -1e6  # at the start, beyond the panel
+    for k in (49, 99):
+        history[k]["held-out up"] = 50.0
+    dm.save_curves(tmp_path / "curves.png", history, width=600, height=120)
+    picture = np.asarray(Image.open(tmp_path / "curves.png")).astype(int)
+    assert picture.shape == (240, 600, 3)
+    panel = picture[20:115, 95:590]
+    row, column = np.nonzero(panel.sum(-1) == 0)  # black
+    assert row[column < 60].min() > 80 and row[column > 480].max() < 15
+    red_row, red_column = np.nonzero((panel[..., 0] > 200) & (panel[..., 1] < 50))
+    assert 230 < red_column.min() < 260 and red_column.max() > 480
+    assert abs(np.median(red_row) - 50) < 6  # 50 between 10 and 100
 
 
 # ---- CelebA: drawn faces and the released layout -------------------------------------------------
