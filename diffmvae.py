@@ -213,8 +213,8 @@ class Diffusion(nn.Module):
     with α = cos φ, σ = sin φ. Deviation: the paper gives Diff-MVAE* λ = 1. In Eq. 2 that would
     weigh small t still more than g² does; the works it cites have λ = 1 on Eq. 1's ε-loss:
     "simple". "velocity" has it on the network's own output, ‖v − v̂‖² = ‖ε − ε̂‖²/α² (Salimans and
-    Ho 2022), with times uniform in φ, so that less is spent on almost pure noise: half of all t have
-    α² < 0.08. Since dφ = g² α/(2σ) dt, that is the λ of the table.
+    Ho 2022), with times uniform in φ: half of all t have α² < 0.08, almost pure noise. Since
+    dφ = g² α/(2σ) dt, that is the λ of the table.
     """
 
     samplers = {"likelihood": (euler_maruyama, 100), "simple": (ddim, 20), "velocity": (ddim, 20)}
