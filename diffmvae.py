@@ -738,7 +738,8 @@ class DiffMVAE(nn.Module):
             return mean_where(counts, decoder.log_prob(x, z.flatten(0, 1)).view(batch, size))
         number = (counts.sum(1) * stratified(batch, z.device)).long()  # (B,) of those that count
         drawn = (counts.cumsum(1) > number[:, None]).int().argmax(1)  # (B,) of all
-        return decoder.log_prob(x, z[torch.arange(batch, device=z.device), drawn])
+        term = decoder.log_prob(x, z[torch.arange(batch, device=z.device), drawn])
+        return torch.where(counts.any(1), term, 0)
 
     def elbo(self, x, observed=None, A=None, exact=False):
         """Eq. 5 for x, {name: (B, ...)}: each decoder runs once, the KL is exact.

@@ -6,6 +6,7 @@ quadratic function of a standard normal is averaged, two points ±1 a dimension 
 
 import argparse
 import copy
+import csv
 import itertools
 import json
 import math
@@ -225,8 +226,9 @@ def test_ddim_follows_its_recursion(steps, m, s2):
 
 
 @pytest.mark.parametrize("steps", [2, 5, 50])
-def test_euler_maruyama_follows_its_recursion(steps):
-    m, s2, sde, calls = 0.7, 0.3, dm.VPSDE(), []
+@pytest.mark.parametrize("sde", [dm.VPSDE(), dm.VPSDE(t_min=0.05)])  # whose last step weighs
+def test_euler_maruyama_follows_its_recursion(steps, sde):
+    m, s2, calls = 0.7, 0.3, []
     eps, n = exact_eps(m, s2, sde), 400_000
     record = lambda x, t: calls.append(float(t)) or eps(x, t)
     out = dm.euler_maruyama(record, torch.randn(n, dtype=torch.float64), sde, steps)
@@ -393,6 +395,20 @@ def test_drawn_times_and_noise_give_the_same_expectation(weighting):
     assert drawn.mean().item() == approx(expected, abs=5 * drawn.std().item() / n**0.5)
 
 
+@pytest.mark.parametrize("weighting", ["likelihood", "simple", "velocity"])
+@pytest.mark.parametrize("sde", [dm.VPSDE(), dm.VPSDE(t_min=0.05)])
+def test_drawn_times_are_uniform_between_t_min_and_1(weighting, sde):
+    """In log-SNR, in t, or in the angle: one quantile after the other."""
+    t = diffusion(None, (1,), sde, weighting).draw_times(10_000, "cpu").double().sort().values
+    scale = {
+        "likelihood": sde.log_snr,
+        "simple": lambda t: t,
+        "velocity": lambda t: torch.atan2(sde.sigma(t), sde.alpha(t)),
+    }[weighting]
+    first, last = scale(f64([sde.t_min, 1.0]))
+    assert_close((scale(t) - first) / (last - first), midpoints(10_000), atol=2e-4, rtol=0)
+
+
 def test_pictures_and_vectors_have_the_same_bound():
     """log_prob of (3, 2, 2) is that of the same numbers as (12,)."""
     (x, eps), t = torch.randn(2, 5, 3, 2, 2), torch.rand(5) * 0.9 + 0.1
@@ -502,6 +518,21 @@ def test_unet(options):
         assert not torch.allclose(one(x, ell, z + 1), one(x, ell, z))
 
 
+def test_residual_mlp():
+    net, x, ell = dm.ResidualMLP(5, 16, 2), torch.randn(2, 5), torch.tensor([-3.0, 2.0])
+    assert (net(x, ell) == 0).all()  # the exact denoiser of N(0, I)
+    nudge(net)
+    out = net(x, ell)
+    assert out.shape == x.shape
+    out.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+    assert not torch.allclose(net(x, ell + 1), out)
+    assert_close(net(x.flip(0), ell.flip(0)).flip(0), out)  # examples do not mix
+    for block in net.blocks:  # the log-SNR is all that modulation has to say
+        nn.init.zeros_(block.modulation.weight)
+    assert_close(net(x, ell + 1), net(x, ell))
+
+
 def test_attention_is_softmax_attention():
     layer, x = dm.Attention(8, 2), torch.randn(3, 8, 4, 5)
     nudge(layer)
@@ -580,9 +611,9 @@ class LinearGaussian:
     def decoders(self):
         return {k: self.decoder(k) for k in SIZES}
 
-    def evidence(self):
-        stacked = lambda part: torch.cat([part[k].view(n, -1) for k, n in SIZES.items()])
-        W, psi = stacked(self.W), torch.cat([self.psi[k].expand(n) for k, n in SIZES.items()])
+    def evidence(self, given=SIZES):
+        stacked = lambda part: torch.cat([part[k].view(SIZES[k], -1) for k in given])
+        W, psi = stacked(self.W), torch.cat([self.psi[k].expand(SIZES[k]) for k in given])
         p = MultivariateNormal(stacked(self.b)[:, 0], W @ W.T + psi.diag())
         return p.log_prob(stacked(self.x)[:, 0]).item()
 
@@ -638,6 +669,49 @@ def test_elbo_is_the_evidence_less_the_mean_gap(family, prior_expert, wrong, sig
     assert expected <= world.evidence()
 
 
+def every_pattern(x, copies):
+    """x of 7 · copies examples, of which as many as copies lack what another lacks, and observed;
+    there are NaNs in the gaps."""
+    patterns = dm.subsets(3)  # what is there
+    seen = {k: there.repeat_interleave(copies) for k, there in zip(SIZES, patterns.T)}
+    return {k: torch.where(seen[k][:, None], x[k], torch.nan) for k in SIZES}, seen
+
+
+@pytest.mark.parametrize("prior_expert", [False, True])
+@pytest.mark.parametrize("family", ["mopoe", "mvae", "mmvae"])
+def test_elbo_of_incomplete_examples(family, prior_expert, sigma_points):
+    """ELBO = log p(x_o) − Σ_A ω_A KL(q(z|x_A) ‖ p(z|x_o)), as if there were no modalities but o."""
+    world = LinearGaussian(seed=2)
+    encoders, decoders = world.wrong_experts(), world.decoders()
+    model = dm.DiffMVAE(encoders, decoders, family, prior_expert=prior_expert)
+    x, seen = every_pattern(world.batch(copies=7), 2 * DIM)
+    for elbo in (model.elbo(x, seen), model.full_elbo(x, seen)):
+        for pattern, found in zip(dm.subsets(3), elbo.total.view(7, -1).mean(1)):
+            there = observed(world.x, pattern)
+            gaps = []
+            for A in dm.subsets(len(there), family):
+                q = model.posterior(observed(there, A))
+                gaps.append(dm.kl_divergence(*q, *world.posterior(there)).item())
+            assert found.item() == approx(world.evidence(there) - np.mean(gaps), abs=1e-8)
+    mu, logvar = model.posterior(x, seen)
+    for pattern, *q in zip(dm.subsets(3), mu[:: 2 * DIM], logvar[:: 2 * DIM]):
+        assert_close(q, [part[0] for part in model.posterior(observed(world.x, pattern))])
+
+
+def test_an_example_with_nothing_observed(sigma_points):
+    """An error, or with the prior expert a bound that says nothing."""
+    world = LinearGaussian()
+    x, nowhere = world.batch(), {k: torch.arange(2 * DIM) != 1 for k in SIZES}
+    model = dm.DiffMVAE(world.experts(True), world.decoders())
+    for f in (model.elbo, model.full_elbo, model.posterior):
+        with pytest.raises(ValueError, match="nothing observed: only the prior expert"):
+            f(x, nowhere)
+    for family in ("mopoe", "mvae", "mmvae"):
+        model = dm.DiffMVAE(world.experts(True), world.decoders(), family, prior_expert=True)
+        for elbo in (model.elbo(x, nowhere), model.full_elbo(x, nowhere)):
+            assert all(term[1] == 0 and term[0] != 0 for term in elbo.terms().values())
+
+
 def test_beta_and_weights_scale_their_terms():
     terms = {"a": torch.tensor([-3.0]), "b": torch.tensor([-5.0])}
     elbo = dm.ELBO(terms, torch.tensor([2.0]), beta=0.5, weights={"b": 10})
@@ -686,6 +760,21 @@ def test_one_subset_per_example_is_unbiased_and_every_subset_exact(monkeypatch):
     assert_close(model.full_elbo(x).log_prob["a"], each.mean(0))
     monkeypatch.setattr(FirstOf, "every_subset", True, raising=False)
     assert_close(model.elbo(x).log_prob["a"], each.mean(0))
+
+
+def test_one_subset_per_example_is_unbiased_where_there_are_gaps():
+    world = LinearGaussian(seed=4)
+    model = dm.DiffMVAE(world.wrong_experts(certain=True), {"a": FirstOf()})
+    x = {k: torch.randn(14, n, dtype=torch.float64) for k, n in SIZES.items()}
+    x, seen = every_pattern(x, 2)
+    draws = torch.stack([model.elbo(x, seen).log_prob["a"] for _ in range(4000)])  # (draws, B)
+    exact = model.full_elbo(x, seen).log_prob["a"]
+    error = 5 * draws.std(0) / len(draws) ** 0.5 + 1e-7
+    assert ((draws.mean(0) - exact).abs() < error).all()
+    for there, a, each in zip(zip(*seen.values()), seen["a"], draws.T):  # meets all its subsets
+        assert len(each.round(decimals=6).unique()) == (2 ** sum(there) - 1 if a else 1)
+    only_b = torch.tensor([False, True, False])  # where b is missing this says nothing
+    assert (model.elbo(x, seen, only_b).log_prob["a"] != 0).equal(seen["a"] & seen["b"])
 
 
 def test_every_subset_decodes_each_example_against_itself():
