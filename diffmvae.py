@@ -1109,7 +1109,8 @@ def save_curves(path, history, width=600, height=120):
     Black in training, red held out. A panel's ends are those of the last nine tenths of its term.
     """
     held_out = "held-out "
-    terms = [name for name in history[0] if name not in ("step", "seconds")]
+    terms = [name for name in history[0]
+             if name not in ("step", "seconds") and not name.startswith(held_out)]
     sheet = Image.new("RGB", (width, height * len(terms)), "white")
     draw = ImageDraw.Draw(sheet)
     last = history[-1]["step"]

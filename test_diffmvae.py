@@ -726,6 +726,28 @@ def test_beta_and_weights_scale_their_terms():
     assert_close(bound.total, sum(bound.log_prob.values()) - bound.kl)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.4, None])
+def test_mvtcae_by_its_formula(alpha, sigma_points):
+    world = LinearGaussian(seed=6)
+    options = dict(beta=0.5, weights={"b": 10})
+    parts = world.wrong_experts(), world.decoders()
+    model = dm.MVTCAE(*parts, **options if alpha is None else options | {"alpha": alpha})
+    alpha = 0.9 if alpha is None else alpha
+    mvae = dm.DiffMVAE(*parts, "mvae", **options)
+    gaussian = lambda mu, logvar: Normal(mu, (logvar / 2).exp())
+    kl = lambda q, p: kl_divergence(q, p).sum().item()
+    q, standard = gaussian(*mvae.posterior(world.x)), Normal(f64([0.0] * DIM), 1.0)
+    to_experts = [kl(q, gaussian(*mvae.encoders[k](world.x[k]))) for k in SIZES]
+    kls = (1 - alpha) * kl(q, standard) + alpha / 3 * sum(to_experts)
+    log_prob = {k: term.mean().item() for k, term in mvae.elbo(world.batch()).log_prob.items()}
+    expected = (3 - alpha) / 3 * (log_prob["a"] + 10 * log_prob["b"] + log_prob["c"]) - 0.5 * kls
+    assert total(model, world) == approx(expected, abs=1e-9)
+    assert (total(model, world) == approx(total(mvae, world))) == (alpha == 0)
+    for wrong in ({"A": model.subsets[0]}, {"observed": {"a": torch.ones(2 * DIM) > 0}}):
+        with pytest.raises(ValueError, match="complete examples and the product of all"):
+            model.elbo(world.batch(), **wrong)
+
+
 def test_elbo_with_a_diffusion_decoder(sigma_points):
     """The exact denoiser of p(c|z) = N(Wz + b, ψ) as its decoder turns log p(c|z) to its bound."""
     world, sde = LinearGaussian(seed=3), dm.VPSDE(t_min=1e-3)
@@ -823,7 +845,10 @@ def tiny_batch(n=4):
     return {"image": picture, "mask": mask, "attributes": torch.rand(n, 18).round()}
 
 
-@pytest.mark.parametrize("options", [{}, {"weighting": "likelihood"}, {"decoder": "feedforward"}])
+@pytest.mark.parametrize("options", [
+    {}, {"weighting": "likelihood"}, {"decoder": "feedforward"},
+    {"family": "mvtcae", "prior_net": "unet"},
+])
 def test_gradients_reach_every_parameter(options):
     model, prior = celeba.build(tiny(**options))
     nudge(model)
@@ -832,6 +857,51 @@ def test_gradients_reach_every_parameter(options):
     (-prior.log_prob(torch.randn(4, 16)).mean()).backward()
     for name, p in [*model.named_parameters(), *prior.named_parameters()]:
         assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def some_lack():
+    """What four faces lack: one both others, one its picture; each has something."""
+    has = {"image": [1, 1, 0, 1], "mask": [1, 0, 1, 1], "attributes": [0, 0, 1, 1]}
+    return {name: torch.tensor(there) == 1 for name, there in has.items()}
+
+
+BOTH_DECODERS = pytest.mark.parametrize("decoder", ["diffusion", "feedforward"])
+
+
+@BOTH_DECODERS
+def test_what_stands_in_the_gaps_reaches_neither_values_nor_gradients(decoder):
+    model, _ = celeba.build(tiny(decoder=decoder))
+    nudge(model)
+    x, seen, found = tiny_batch(), some_lack(), []
+    for value in (0.0, 255.0, torch.nan):
+        for name, there in seen.items():
+            x[name][~there] = value
+        torch.manual_seed(1)
+        terms = model.elbo(x, seen).terms()
+        model.zero_grad()
+        terms["ELBO"].sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        found.append([*terms.values(), *model.posterior(x, seen), *gradients])
+    for one, *others in zip(*found):
+        assert one.isfinite().all() and all(torch.equal(one, other) for other in others)
+
+
+@BOTH_DECODERS
+def test_complete_examples_are_treated_as_if_gaps_were_unknown(decoder):
+    """Bit for bit, and in a mixed batch with others each keeps what it had."""
+    model, _ = celeba.build(tiny(decoder=decoder))
+    nudge(model)
+    x = tiny_batch()
+
+    def found(seen):
+        torch.manual_seed(1)
+        return [*model.elbo(x, seen).terms().values(), *model.posterior(x, seen)]
+
+    everywhere = {name: torch.ones(4) > 0 for name in x}
+    for seen in ({}, everywhere, {"mask": everywhere["mask"]}):
+        assert all(torch.equal(one, other) for one, other in zip(found(None), found(seen)))
+    mu, logvar = model.posterior(x, some_lack())
+    assert_close((mu[3], logvar[3]), tuple(part[3] for part in model.posterior(x)))
 
 
 def test_any_subset_generates_everything(quick):
@@ -888,6 +958,36 @@ def test_latent_prior_standardises():
     torch.manual_seed(1)
     standard = dm.Diffusion(net, (1, 4), weighting="velocity")
     assert_close(surrogate, standard.log_prob(((z[:8] - prior.mean) / prior.std)[:, None]))
+
+
+def test_latent_prior_standardises_by_the_law_of_total_variance():
+    """Of few examples, where dividing by N − 1 would be seen."""
+    prior, (mu, logvar) = dm.LatentPrior(None, (4,)), gaussians(0, 3, 4)
+    prior.standardise(mu, logvar)
+    variance = (mu.square() + logvar.exp()).mean(0) - mu.mean(0).square()  # E z² − (E z)²
+    assert_close(prior.mean.double(), mu.mean(0))
+    assert_close(prior.std.double(), variance.sqrt())
+
+
+def test_latent_prior_learns_how_dimensions_go_together(tmp_path):
+    """z = W f + noise, f of four numbers: the correlations, by the scripts' own prior and batch."""
+    s = celeba.Settings(out=str(tmp_path), latent_dim=36, prior_steps=300, device="cpu")
+    randn, prior = normals(0), dm.latent_prior(s, (6, 6))
+    mu = (randn(2000, 4) @ randn(4, 36)).float()
+    logvar = torch.full_like(mu, math.log(0.3**2))
+    prior.standardise(mu, logvar)
+    terms = lambda i: {"surrogate": prior.log_prob(dm.sample_gaussian(mu[i], logvar[i]))}
+    rates = [(prior, s.prior_rate)]
+    correlations = lambda z: z.T.corrcoef()[~torch.eye(36, dtype=torch.bool)]
+    wanted = correlations(dm.sample_gaussian(mu, logvar))
+
+    def learned(prior):
+        """The share of them that its samples have, by least squares."""
+        return ((correlations(prior.sample(2000)) @ wanted) / (wanted @ wanted)).item()
+
+    assert learned(prior) == approx(0, abs=0.05)  # untrained: N(0, I) of the right scale
+    made, _ = dm.fit(prior, terms, "surrogate", 2000, 300, s.prior_batch, rates, s, "prior")
+    assert learned(made) == approx(1, abs=0.1)
 
 
 # ---- 8  Training ---------------------------------------------------------------------------------
@@ -965,6 +1065,64 @@ def test_averaged_weights_are_the_moving_average(tmp_path, monkeypatch):
     rates = torch.tensor([1e-2 * min(1, (k + 1) / 100, (150 - k) / 500) for k in range(149)])
     assert (steps <= 1.5 * rates).all()  # Adam moves by the learning rate, which rises and falls
     assert steps[0] <= 1.01e-4 and 1e-4 < steps[90:].max() <= 4e-3
+
+
+def read_history(out):
+    """The rows of history.csv, {term: float}, where there is a value."""
+    with open(Path(out, "history.csv"), newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def panels(path):
+    """The panels of history.png, 120 pixels high each."""
+    sheet = np.asarray(Image.open(path)).astype(int)
+    assert sheet.shape[0] % 120 == 0
+    return np.split(sheet, sheet.shape[0] // 120)
+
+
+def test_history_holds_the_means_since_the_row_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(dm, "INTERVAL", 25)
+    model, x, seen, watched = nn.Linear(2, 1), torch.randn(10, 2), [], []
+
+    def terms(i):
+        named = {"fit": -model(x[i])[:, 0].square(), "first": x[i, 0]}
+        seen.append({name: term.mean().item() for name, term in named.items()})
+        return named
+
+    def held_out(averaged):
+        assert not averaged.training
+        watched.append(-averaged(x).square().mean().item())
+        return watched[-1]
+
+    toy_fit(model, terms, 10, toy_settings(tmp_path, steps=50), held_out=held_out)
+    rows = read_history(tmp_path)
+    assert [row["step"] for row in rows] == [20, 25, 40, 50]
+    for row, (start, end) in zip(rows, itertools.pairwise([0, 20, 25, 40, 50])):
+        for name in ("fit", "first"):
+            assert row[name] == approx(np.mean([step[name] for step in seen[start:end]]), rel=1e-4)
+        assert row["gradient"] > 0 and row["seconds"] > 0
+    assert [row.get("held-out fit") for row in rows] == [None, watched[0], None, watched[1]]
+    pixels = lambda panel, colour: (panel == colour).all(-1).sum()
+    found = panels(tmp_path / "history.png")  # fit, first, gradient
+    assert [pixels(panel, (0, 0, 0)) > 100 for panel in found] == [True, True, True]
+    assert [pixels(panel, (255, 0, 0)) > 100 for panel in found] == [True, False, False]
+
+
+def test_a_first_row_with_the_held_out_objective_makes_no_panel_more(tmp_path):
+    rows = [{"step": k, "fit": k, "held-out fit": k - 1, "gradient": 1.0} for k in (10.0, 20.0)]
+    dm.save_curves(tmp_path / "curves.png", rows)
+    assert len(panels(tmp_path / "curves.png")) == 2
+
+
+def test_a_resumed_run_goes_on_in_its_history(tmp_path):
+    toy(tmp_path / "whole")
+    stop_after(20, tmp_path / "parts")
+    assert [row["step"] for row in read_history(tmp_path / "parts")] == [20]
+    toy(tmp_path / "parts")
+    whole, parts = (read_history(tmp_path / name) for name in ("whole", "parts"))
+    for row in whole + parts:
+        del row["seconds"]
+    assert whole == parts and [row["step"] for row in whole] == [20, 40]
 
 
 def test_seeds_differ_by_step_stage_and_run():
