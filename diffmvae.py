@@ -1398,6 +1398,9 @@ def labelled(s, data, observed, names):
     data = {"train": data["train"], "test": complete(data["test"], observed.get("test", {}))}
     if s.decoder == "none":
         data["train"], flags = complete(data["train"], flags), {}
+    if flags and s.family == "mvtcae":
+        raise InputError("--family mvtcae is defined for complete examples: leave out --observed "
+                         "and --gaps")
     for split, least in (("train", 1), ("test", 2)):
         n = len(data[split]["image"])
         if n < least:

@@ -1257,6 +1257,105 @@ def test_save_grid(tmp_path):
     assert grid.shape[0] == 2 * 66 and {0, 128, 255} <= set(np.unique(grid[:64, -190:]).tolist())
 
 
+# ---- 10  What both scripts share -----------------------------------------------------------------
+
+def test_share_of_the_examples_that_have_more_than_a_picture(quick):
+    data, even = celeba.draw_faces(16), torch.arange(40) % 2 == 0
+
+    def labelled(gaps={}, names=celeba.OTHERS, **options):
+        parts, seen = dm.labelled(tiny(**options), data, {"train": gaps}, names)
+        assert all(torch.equal(parts["test"][k], x) for k, x in data["test"].items())
+        return parts["train"], seen
+
+    part, seen = labelled(observed=0.1)
+    kept = seen["mask"]
+    assert list(seen) == ["mask", "attributes"] and torch.equal(kept, seen["attributes"])
+    assert kept.sum() == 4 and all(torch.equal(part[k], x) for k, x in data["train"].items())
+    assert torch.equal(labelled(observed=0.1, steps=9)[1]["mask"], kept)
+    assert not torch.equal(labelled(observed=0.1, seed=1)[1]["mask"], kept)
+    assert torch.equal(labelled(observed=0.1, names=["caption"])[1]["caption"], kept)
+    _, seen = labelled({"mask": even}, observed=0.1)
+    assert torch.equal(seen["mask"], kept & even) and torch.equal(seen["attributes"], kept)
+    assert labelled()[1] == labelled({"mask": even | ~even})[1] == {}
+    part, seen = labelled(observed=0.1, decoder="none")  # Supervised needs all of an example
+    assert seen == {} and all(torch.equal(part[k], x[kept]) for k, x in data["train"].items())
+    with refused("^0 examples to train lack nothing"):
+        labelled(observed=0.01, decoder="none")
+    with refused("^--family mvtcae is defined for complete examples: leave out"):
+        labelled({"mask": even}, family="mvtcae")
+
+
+def test_nothing_is_measured_against_a_gap(quick):
+    data = celeba.draw_faces(16)
+    has, images = torch.arange(12) % 3 == 0, data["test"]["image"]
+    parts, seen = dm.labelled(tiny(), data, {"test": {"mask": has}}, celeba.OTHERS)
+    assert seen == {} and {len(x) for x in parts["test"].values()} == {4}
+    assert torch.equal(parts["test"]["image"], images[has])
+    with refused("^1 examples to test lack nothing, where at least 2"):
+        dm.labelled(tiny(), data, {"test": {"mask": torch.arange(12) == 5}}, celeba.OTHERS)
+
+
+def test_modalities_that_are_never_seen_together(tmp_path, quick):
+    """They train, and what stands in the gaps of the data changes no weight."""
+    data, half, ends = celeba.draw_faces(16), torch.arange(40) < 20, []
+    seen = {"mask": half, "attributes": ~half}
+    for fill in (0, 255):
+        for name, there in seen.items():
+            data["train"][name][~there] = fill
+        s = tiny(out=str(tmp_path / str(fill)), steps=8)
+        model, prior, _ = dm.train(s, data, seen, *celeba.build(s), celeba.batch, None)
+        ends.append([*model.parameters(), *prior.parameters(), prior.mean, prior.std])
+    assert all(torch.equal(one, other) for one, other in zip(*ends))
+    start = celeba.build(s)[0].parameters()
+    assert not any(torch.equal(a, b) for a, b in zip(start, ends[0]) if a.ndim > 1)
+    with refused("model.pt is of another run .examples was"):
+        dm.train(s, data, {"mask": half}, *celeba.build(s), celeba.batch, None)
+
+
+def test_mirrored_flips_a_picture_and_its_mask_together():
+    picture = torch.arange(1000 * 3 * 2 * 4).view(1000, 3, 2, 4)
+    x = {"image": picture, "mask": -picture[:, :1], "attributes": torch.rand(1000, 18)}
+    x["caption"] = torch.randint(9, (1000, 2, 6))
+    out = dm.mirrored(x)
+    flipped = (out["image"][:, 0, 0, 0] == picture[:, 0, 0, 3]).view(-1, 1, 1, 1)
+    assert 400 < flipped.sum() < 600
+    for name in ("image", "mask"):
+        assert torch.equal(out[name], torch.where(flipped, x[name].flip(-1), x[name]))
+    assert out["attributes"] is x["attributes"] and out["caption"] is x["caption"]
+
+
+def test_what_is_mirrored_and_what_is_held_out(tmp_path, monkeypatch, quick):
+    """Mirrored are batches of the training, if asked; watched are the first test examples."""
+    mirrored, data = [], celeba.draw_faces(16)
+    monkeypatch.setattr(dm, "mirrored", lambda x: mirrored.append(len(x["image"])) or x)
+    monkeypatch.setattr(dm, "HELD_OUT", 5)
+    for mirror, batches in ((False, []), (True, [4, 4, 4])):
+        s = tiny(out=str(tmp_path / str(mirror)), mirror=mirror)
+        model, _, _ = dm.train(s, data, {}, *celeba.build(s), celeba.batch, None)
+        assert mirrored == batches
+    (row,) = read_history(s.out)
+    torch.manual_seed(s.seed)
+    pieces = [celeba.batch(data["test"], rows) for rows in (slice(4), slice(4, 5))]
+    totals = torch.cat([model.elbo(x).total for x in pieces])
+    assert row["held-out surrogate"] == approx(totals.mean().item(), rel=1e-5)
+    assert row["surrogate"] != row["held-out surrogate"]
+    prior = Path(s.out, "history-prior.csv").read_text().splitlines()
+    assert prior[0] == "step,seconds,surrogate,gradient" and prior[1].startswith("2,")
+
+
+def test_the_checksum_knows_every_example(quick):
+    data = celeba.draw_faces(16)["test"] | {"mask observed": torch.arange(12) != 3}
+    sums = {dm.checksum(data)}
+    for name, example in itertools.product(data, range(12)):
+        changed = data[name].clone()
+        changed[example] = 1 - changed[example].int()
+        sums.add(dm.checksum(data | {name: changed}))
+    sums.add(dm.checksum({name: x.flip(0) for name, x in data.items()}))
+    sums.add(dm.checksum({name: x[:11] for name, x in data.items()}))
+    assert len(sums) == 1 + 4 * 12 + 2 and min(sums).startswith("11, checksum ")
+    assert dm.checksum(dict(reversed(data.items()))) == dm.checksum(data)
+
+
 # ---- CelebA: drawn faces and the released layout -------------------------------------------------
 
 def face(size=64, seed=0, **changes):
@@ -1380,11 +1479,25 @@ def test_bad_pictures_are_named(released, damage, message):
         celeba.read_faces(released, 16)
 
 
-def test_the_skins_mask_alone_is_not_enough(released):
+def remove_mask(released):
+    """Of face 3; its skin alone is not enough."""
     for path in (released / "CelebAMask-HQ-mask-anno" / "0").glob("00003_[!s]*.png"):
         path.unlink()
-    with refused("CelebAMask-HQ-mask-anno has no mask, or an empty one, of picture 3 and 0 more"):
-        celeba.read_faces(released, 16)
+
+
+def test_faces_without_a_mask_are_refused_or_gaps(released, monkeypatch):
+    monkeypatch.setattr(celeba, "SPLITS", dict.fromkeys(("train", "test"), range(200_000)))
+    whole, _ = celeba.read_faces(released, 16)
+    next(released.glob("*.pt")).unlink()
+    remove_mask(released)
+    for _ in range(2):  # decoded, then from the cache
+        with refused("mask-anno has no mask, or an empty one, of picture 3 and 0 more"):
+            celeba.read_faces(released, 16)
+    data, seen = celeba.read_faces(released, 16, gaps=True)
+    for split in ("train", "test"):
+        assert seen[split]["mask"].tolist() == [False, True, True]
+        assert torch.equal(data[split]["image"], whole[split]["image"])
+        assert torch.equal(data[split]["mask"][1:], whole[split]["mask"][1:])
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -1419,11 +1532,25 @@ def test_settings_of_the_bound_and_of_the_surrogate():
     assert celeba.Settings(decoder="none", beta=0.5).beta == 0.5
 
 
+@BOTH_DECODERS
+def test_mvtcae_is_built_and_is_no_bound(decoder):
+    options = dict(decoder=decoder, weighting="likelihood")
+    assert tiny(**options).is_bound and not tiny(family="mvtcae", **options).is_bound
+    model, _ = celeba.build(tiny(family="mvtcae", **options))
+    assert type(model) is dm.MVTCAE and (model.alpha, model.beta) == (0.9, 1.0)
+    assert model.weights == dict.fromkeys(("image", "mask", "attributes"), approx(2.1 / 3))
+    model, _ = celeba.build(tiny(family="mvtcae"))
+    assert model.beta == 0.01 and model.weights["attributes"] == approx(10 * 2.1 / 3)
+
+
 @pytest.mark.parametrize("options, name", [
     ({}, "Diff-MVAE*"), (dict(weighting="simple"), "Diff-MVAE*"),
     (dict(weighting="likelihood"), "Diff-MVAE"), (dict(family="mvae"), "Diff-MVAE*, mvae"),
     (dict(decoder="feedforward"), "MoPoE*"), (dict(decoder="none"), "Supervised"),
     (dict(decoder="none", family="mvae"), "Supervised"),
+    (dict(decoder="feedforward", family="mvtcae"), "MVTCAE*"),
+    (dict(family="mvtcae"), "Diff-MVAE*, mvtcae"),
+    (dict(family="mvtcae", weighting="likelihood"), "Diff-MVAE, mvtcae"),
 ])
 def test_methods_have_the_names_of_the_paper(options, name):
     assert celeba.Settings(**options).method == name
@@ -1773,6 +1900,15 @@ def test_padding_never_counts(attention):
         assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+def test_a_caption_that_is_a_gap_is_finite_for_bert():
+    encoder = cub.TextEncoder(tiny_bert(), 6)
+    gap = torch.zeros_like(PAIR)  # padding alone
+    found = torch.cat(encoder(torch.cat([PAIR, gap])))
+    found.sum().backward()
+    assert found.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters() if p.grad is not None)
+
+
 def test_bert_reads_its_tokens_and_gpt2_writes_its_own():
     decoder, encoder, z = tiny_gpt2(), cub.TextEncoder(tiny_bert(), 6).eval(), torch.randn(2, 6)
     nudge(encoder, 0.3)
@@ -2094,8 +2230,19 @@ def test_a_step_with_birds_never_waits_for_the_device(monkeypatch, quick):
     assert on_meta(monkeypatch, cub.build(s, tokenizers), data, cub.batch).device.type == "meta"
 
 
+def test_the_papers_latent_priors():
+    words = cub.text_tokenizers(cub.Settings(), TWO_BIRDS)
+    birds = lambda s: cub.build(s, words)
+    for script, build, shape in ((celeba, celeba.build, (1, 4, 4)), (cub, birds, (1, 16))):
+        for net, kind, expected in (("unet", dm.UNet, shape), ("mlp", dm.ResidualMLP, (16,))):
+            _, prior = build(tiny(script.Settings, prior_net=net))
+            assert type(prior.net) is kind and prior.shape == expected
+            assert prior.sample(3).shape == (3, 16)
+
+
 @pytest.mark.parametrize("options", [
-    {}, dict(weighting="likelihood"), dict(decoder="feedforward", family="mmvae")
+    {}, dict(weighting="likelihood"), dict(decoder="feedforward", family="mmvae"),
+    dict(decoder="feedforward", family="mvtcae"), dict(observed=0.1),
 ])
 def test_celeba_end_to_end(tmp_path, capsys, quick, options):
     s, sheet = tiny(out=str(tmp_path), **options), tmp_path / "samples.png"
@@ -2168,8 +2315,28 @@ def test_cub_end_to_end(tmp_path, capsys, quick, options):
     assert len(cub.spell(tokenizers, decoded["caption"])) == 2
 
 
-def test_real_birds_end_to_end(tmp_path, released_birds, quick):
-    real = dict(data=str(released_birds), text="small", attention=0)
+def test_real_faces_with_a_gap_end_to_end(tmp_path, released, monkeypatch, quick):
+    monkeypatch.setattr(celeba, "SPLITS", dict.fromkeys(("train", "test"), range(200_000)))
+    remove_mask(released)
+    for decoder in ("diffusion", "none"):
+        out = str(tmp_path / decoder)
+        celeba.run(tiny(out=out, data=str(released), gaps=True, decoder=decoder))
+        examples = dm.read_checkpoint(Path(out, "model.pt"))["settings"]["examples"]
+        assert examples.startswith("3, " if decoder == "diffusion" else "2, ")
+        assert results_in(out)["tables"]["F1 given"]["the image"].keys() == {"mask", "attributes"}
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_real_birds_end_to_end(tmp_path, released_birds, quick, gaps):
+    if gaps:
+        for name in ("1.A/one", "2.B/one"):  # one to train, one to test
+            (released_birds / "text" / f"{name}.txt").write_text(" \n")
+        birds = cub.read_birds(released_birds, 16, gaps=True)
+        data, seen = cub.tensors(birds, cub.text_tokenizers(cub.Settings(), TWO_BIRDS), 8)
+        lacking = {split: (~there["caption"]).tolist() for split, there in seen.items()}
+        assert lacking == {"train": [True, False], "test": [False, True, False, False]}
+        assert {split: len(x["caption"]) for split, x in data.items()} == {"train": 2, "test": 4}
+    real = dict(data=str(released_birds), text="small", attention=0, gaps=gaps)
     cub.run(tiny(cub.Settings, out=str(tmp_path), measured=2, **real))
     assert "coherence" not in results_in(tmp_path)["tables"]
 
