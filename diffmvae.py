@@ -741,7 +741,8 @@ class DiffMVAE(nn.Module):
             return mean_where(counts, decoder.log_prob(x, z.flatten(0, 1)).view(batch, size))
         k = (counts.sum(1) * stratified(batch, z.device)).long()  # (B,) uniform on 0 .. number − 1
         drawn = (counts.cumsum(1) > k[:, None]).int().argmax(1)  # (B,) the k-th that counts
-        return decoder.log_prob(x, z[torch.arange(batch, device=z.device), drawn])
+        log_prob = decoder.log_prob(x, z[torch.arange(batch, device=z.device), drawn])
+        return torch.where(counts.any(1), log_prob, 0)  # as mean_where, 0 where none counts
 
     def elbo(self, x, observed=None, A=None, exact=False):
         """Eq. 5 for x, {name: (B, ...)}: each decoder runs once, the KL is exact.
@@ -1114,7 +1115,8 @@ def save_curves(path, history, width=600, height=120):
     Black in training, red held out. A panel's ends are those of the last nine tenths of its term.
     """
     held_out = "held-out "
-    terms = [name for name in history[0] if name not in ("step", "seconds")]
+    terms = [name for name in history[0]
+             if name not in ("step", "seconds") and not name.startswith(held_out)]
     sheet = Image.new("RGB", (width, height * len(terms)), "white")
     draw = ImageDraw.Draw(sheet)
     last = history[-1]["step"]
@@ -1402,6 +1404,9 @@ def labelled(s, data, observed, names):
     data = {"train": data["train"], "test": complete(data["test"], observed.get("test", {}))}
     if s.decoder == "none":
         data["train"], flags = complete(data["train"], flags), {}
+    if flags and s.family == "mvtcae":
+        raise InputError("--family mvtcae is defined for complete examples: leave out --observed "
+                         "and --gaps")
     for split, least in (("train", 1), ("test", 2)):
         n = len(data[split]["image"])
         if n < least:

@@ -6,6 +6,7 @@ quadratic function of a standard normal is averaged, two points ±1 a dimension 
 
 import argparse
 import copy
+import csv
 import itertools
 import json
 import math
@@ -225,8 +226,9 @@ def test_ddim_follows_its_recursion(steps, m, s2):
 
 
 @pytest.mark.parametrize("steps", [2, 5, 50])
-def test_euler_maruyama_follows_its_recursion(steps):
-    m, s2, sde, calls = 0.7, 0.3, dm.VPSDE(), []
+@pytest.mark.parametrize("sde", [dm.VPSDE(), dm.VPSDE(t_min=0.05)])  # whose last step weighs
+def test_euler_maruyama_follows_its_recursion(steps, sde):
+    m, s2, calls = 0.7, 0.3, []
     eps, n = exact_eps(m, s2, sde), 400_000
     record = lambda x, t: calls.append(float(t)) or eps(x, t)
     out = dm.euler_maruyama(record, torch.randn(n, dtype=torch.float64), sde, steps)
@@ -394,6 +396,20 @@ def test_drawn_times_and_noise_give_the_same_expectation(weighting, sde):
     assert drawn.mean().item() == approx(expected, abs=5 * drawn.std().item() / n**0.5)
 
 
+@pytest.mark.parametrize("weighting", ["likelihood", "simple", "velocity"])
+@pytest.mark.parametrize("sde", [dm.VPSDE(), dm.VPSDE(t_min=0.05)])
+def test_drawn_times_are_uniform_between_t_min_and_1(weighting, sde):
+    """In log-SNR, in t, or in the angle: one quantile after the other."""
+    t = diffusion(None, (1,), sde, weighting).draw_times(10_000, "cpu").double().sort().values
+    scale = {
+        "likelihood": sde.log_snr,
+        "simple": lambda t: t,
+        "velocity": lambda t: torch.atan2(sde.sigma(t), sde.alpha(t)),
+    }[weighting]
+    first, last = scale(f64([sde.t_min, 1.0]))
+    assert_close((scale(t) - first) / (last - first), midpoints(10_000), atol=2e-4, rtol=0)
+
+
 def test_pictures_and_vectors_have_the_same_bound():
     """log_prob of (3, 2, 2) is that of the same numbers as (12,)."""
     (x, eps), t = torch.randn(2, 5, 3, 2, 2), torch.rand(5) * 0.9 + 0.1
@@ -503,6 +519,21 @@ def test_unet(options):
         assert not torch.allclose(one(x, ell, z + 1), one(x, ell, z))
 
 
+def test_residual_mlp():
+    net, x, ell = dm.ResidualMLP(5, 16, 2), torch.randn(2, 5), torch.tensor([-3.0, 2.0])
+    assert (net(x, ell) == 0).all()  # the exact denoiser of N(0, I)
+    nudge(net)
+    out = net(x, ell)
+    assert out.shape == x.shape
+    out.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+    assert not torch.allclose(net(x, ell + 1), out)
+    assert_close(net(x.flip(0), ell.flip(0)).flip(0), out)  # examples do not mix
+    for block in net.blocks:  # the log-SNR is all that modulation has to say
+        nn.init.zeros_(block.modulation.weight)
+    assert_close(net(x, ell + 1), net(x, ell))
+
+
 def test_attention_is_softmax_attention():
     layer, x = dm.Attention(8, 2), torch.randn(3, 8, 4, 5)
     nudge(layer)
@@ -581,9 +612,9 @@ class LinearGaussian:
     def decoders(self):
         return {k: self.decoder(k) for k in SIZES}
 
-    def evidence(self):
-        stacked = lambda part: torch.cat([part[k].view(n, -1) for k, n in SIZES.items()])
-        W, psi = stacked(self.W), torch.cat([self.psi[k].expand(n) for k, n in SIZES.items()])
+    def evidence(self, given=SIZES):
+        stacked = lambda part: torch.cat([part[k].view(SIZES[k], -1) for k in given])
+        W, psi = stacked(self.W), torch.cat([self.psi[k].expand(SIZES[k]) for k in given])
         p = MultivariateNormal(stacked(self.b)[:, 0], W @ W.T + psi.diag())
         return p.log_prob(stacked(self.x)[:, 0]).item()
 
@@ -639,6 +670,49 @@ def test_elbo_is_the_evidence_less_the_mean_gap(family, prior_expert, wrong, sig
     assert expected <= world.evidence()
 
 
+def every_pattern(x, copies):
+    """x of 7 · copies examples, of which as many as copies lack what another lacks, and observed;
+    there are NaNs in the gaps."""
+    patterns = dm.subsets(3)  # what is there
+    seen = {k: there.repeat_interleave(copies) for k, there in zip(SIZES, patterns.T)}
+    return {k: torch.where(seen[k][:, None], x[k], torch.nan) for k in SIZES}, seen
+
+
+@pytest.mark.parametrize("prior_expert", [False, True])
+@pytest.mark.parametrize("family", ["mopoe", "mvae", "mmvae"])
+def test_elbo_of_incomplete_examples(family, prior_expert, sigma_points):
+    """ELBO = log p(x_o) − Σ_A ω_A KL(q(z|x_A) ‖ p(z|x_o)), as if there were no modalities but o."""
+    world = LinearGaussian(seed=2)
+    encoders, decoders = world.wrong_experts(), world.decoders()
+    model = dm.DiffMVAE(encoders, decoders, family, prior_expert=prior_expert)
+    x, seen = every_pattern(world.batch(copies=7), 2 * DIM)
+    for elbo in (model.elbo(x, seen), model.full_elbo(x, seen)):
+        for pattern, found in zip(dm.subsets(3), elbo.total.view(7, -1).mean(1)):
+            there = observed(world.x, pattern)
+            gaps = []
+            for A in dm.subsets(len(there), family):
+                q = model.posterior(observed(there, A))
+                gaps.append(dm.kl_divergence(*q, *world.posterior(there)).item())
+            assert found.item() == approx(world.evidence(there) - np.mean(gaps), abs=1e-8)
+    mu, logvar = model.posterior(x, seen)
+    for pattern, *q in zip(dm.subsets(3), mu[:: 2 * DIM], logvar[:: 2 * DIM]):
+        assert_close(q, [part[0] for part in model.posterior(observed(world.x, pattern))])
+
+
+def test_an_example_with_nothing_observed(sigma_points):
+    """An error, or with the prior expert a bound that says nothing."""
+    world = LinearGaussian()
+    x, nowhere = world.batch(), {k: torch.arange(2 * DIM) != 1 for k in SIZES}
+    model = dm.DiffMVAE(world.experts(True), world.decoders())
+    for f in (model.elbo, model.full_elbo, model.posterior):
+        with pytest.raises(ValueError, match="nothing observed: only the prior expert"):
+            f(x, nowhere)
+    for family in ("mopoe", "mvae", "mmvae"):
+        model = dm.DiffMVAE(world.experts(True), world.decoders(), family, prior_expert=True)
+        for elbo in (model.elbo(x, nowhere), model.full_elbo(x, nowhere)):
+            assert all(term[1] == 0 and term[0] != 0 for term in elbo.terms().values())
+
+
 def test_beta_and_weights_scale_their_terms():
     terms = {"a": torch.tensor([-3.0]), "b": torch.tensor([-5.0])}
     elbo = dm.ELBO(terms, torch.tensor([2.0]), beta=0.5, weights={"b": 10})
@@ -651,6 +725,28 @@ def test_beta_and_weights_scale_their_terms():
         assert_close(elbo.total, a + 10 * b + c - 0.5 * elbo.kl)
     bound = model.full_elbo(world.x)  # evaluation is of the bound itself
     assert_close(bound.total, sum(bound.log_prob.values()) - bound.kl)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, None])
+def test_mvtcae_by_its_formula(alpha, sigma_points):
+    world = LinearGaussian(seed=6)
+    options = dict(beta=0.5, weights={"b": 10})
+    parts = world.wrong_experts(), world.decoders()
+    model = dm.MVTCAE(*parts, **options if alpha is None else options | {"alpha": alpha})
+    alpha = 0.9 if alpha is None else alpha
+    mvae = dm.DiffMVAE(*parts, "mvae", **options)
+    gaussian = lambda mu, logvar: Normal(mu, (logvar / 2).exp())
+    kl = lambda q, p: kl_divergence(q, p).sum().item()
+    q, standard = gaussian(*mvae.posterior(world.x)), Normal(f64([0.0] * DIM), 1.0)
+    to_experts = [kl(q, gaussian(*mvae.encoders[k](world.x[k]))) for k in SIZES]
+    kls = (1 - alpha) * kl(q, standard) + alpha / 3 * sum(to_experts)
+    log_prob = {k: term.mean().item() for k, term in mvae.elbo(world.batch()).log_prob.items()}
+    expected = (3 - alpha) / 3 * (log_prob["a"] + 10 * log_prob["b"] + log_prob["c"]) - 0.5 * kls
+    assert total(model, world) == approx(expected, abs=1e-9)
+    assert (total(model, world) == approx(total(mvae, world))) == (alpha == 0)
+    for wrong in ({"A": model.subsets[0]}, {"observed": {"a": torch.ones(2 * DIM) > 0}}):
+        with pytest.raises(ValueError, match="complete examples and the product of all"):
+            model.elbo(world.batch(), **wrong)
 
 
 def test_elbo_with_a_diffusion_decoder(sigma_points):
@@ -687,6 +783,21 @@ def test_one_subset_per_example_is_unbiased_and_every_subset_exact(monkeypatch):
     assert_close(model.full_elbo(x).log_prob["a"], each.mean(0))
     monkeypatch.setattr(FirstOf, "every_subset", True, raising=False)
     assert_close(model.elbo(x).log_prob["a"], each.mean(0))
+
+
+def test_one_subset_per_example_is_unbiased_where_there_are_gaps():
+    world = LinearGaussian(seed=4)
+    model = dm.DiffMVAE(world.wrong_experts(certain=True), {"a": FirstOf()})
+    x = {k: torch.randn(14, n, dtype=torch.float64) for k, n in SIZES.items()}
+    x, seen = every_pattern(x, 2)
+    draws = torch.stack([model.elbo(x, seen).log_prob["a"] for _ in range(4000)])  # (draws, B)
+    exact = model.full_elbo(x, seen).log_prob["a"]
+    error = 5 * draws.std(0) / len(draws) ** 0.5 + 1e-7
+    assert ((draws.mean(0) - exact).abs() < error).all()
+    for there, a, each in zip(zip(*seen.values()), seen["a"], draws.T):  # meets all its subsets
+        assert len(each.round(decimals=6).unique()) == (2 ** sum(there) - 1 if a else 1)
+    only_b = torch.tensor([False, True, False])  # where b is missing this says nothing
+    assert (model.elbo(x, seen, only_b).log_prob["a"] != 0).equal(seen["a"] & seen["b"])
 
 
 def test_every_subset_decodes_each_example_against_itself():
@@ -735,7 +846,10 @@ def tiny_batch(n=4):
     return {"image": picture, "mask": mask, "attributes": torch.rand(n, 18).round()}
 
 
-@pytest.mark.parametrize("options", [{}, {"weighting": "likelihood"}, {"decoder": "feedforward"}])
+@pytest.mark.parametrize("options", [
+    {}, {"weighting": "likelihood"}, {"decoder": "feedforward"},
+    {"family": "mvtcae", "prior_net": "unet"},
+])
 def test_gradients_reach_every_parameter(options):
     model, prior = celeba.build(tiny(**options))
     nudge(model)
@@ -744,6 +858,51 @@ def test_gradients_reach_every_parameter(options):
     (-prior.log_prob(torch.randn(4, 16)).mean()).backward()
     for name, p in [*model.named_parameters(), *prior.named_parameters()]:
         assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def some_lack():
+    """What four faces lack: one both others, one its picture; each has something."""
+    has = {"image": [1, 1, 0, 1], "mask": [1, 0, 1, 1], "attributes": [0, 0, 1, 1]}
+    return {name: torch.tensor(there) == 1 for name, there in has.items()}
+
+
+BOTH_DECODERS = pytest.mark.parametrize("decoder", ["diffusion", "feedforward"])
+
+
+@BOTH_DECODERS
+def test_what_stands_in_the_gaps_reaches_neither_values_nor_gradients(decoder):
+    model, _ = celeba.build(tiny(decoder=decoder))
+    nudge(model)
+    x, seen, found = tiny_batch(), some_lack(), []
+    for value in (0.0, 255.0, torch.nan):
+        for name, there in seen.items():
+            x[name][~there] = value
+        torch.manual_seed(1)
+        terms = model.elbo(x, seen).terms()
+        model.zero_grad()
+        terms["ELBO"].sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        found.append([*terms.values(), *model.posterior(x, seen), *gradients])
+    for one, *others in zip(*found):
+        assert one.isfinite().all() and all(torch.equal(one, other) for other in others)
+
+
+@BOTH_DECODERS
+def test_complete_examples_are_treated_as_if_gaps_were_unknown(decoder):
+    """Bit for bit, and in a mixed batch with others each keeps what it had."""
+    model, _ = celeba.build(tiny(decoder=decoder))
+    nudge(model)
+    x = tiny_batch()
+
+    def found(seen):
+        torch.manual_seed(1)
+        return [*model.elbo(x, seen).terms().values(), *model.posterior(x, seen)]
+
+    everywhere = {name: torch.ones(4) > 0 for name in x}
+    for seen in ({}, everywhere, {"mask": everywhere["mask"]}):
+        assert all(torch.equal(one, other) for one, other in zip(found(None), found(seen)))
+    mu, logvar = model.posterior(x, some_lack())
+    assert_close((mu[3], logvar[3]), tuple(part[3] for part in model.posterior(x)))
 
 
 def test_any_subset_generates_everything(quick):
@@ -807,6 +966,36 @@ def test_latent_prior_standardises():
     torch.manual_seed(1)
     standard = dm.Diffusion(net, (1, 4), weighting="velocity")
     assert_close(surrogate, standard.log_prob(((z[:8] - prior.mean) / prior.std)[:, None]))
+
+
+def test_latent_prior_standardises_by_the_law_of_total_variance():
+    """Of few examples, where dividing by N − 1 would be seen."""
+    prior, (mu, logvar) = dm.LatentPrior(None, (4,)), gaussians(0, 3, 4)
+    prior.standardise(mu, logvar)
+    variance = (mu.square() + logvar.exp()).mean(0) - mu.mean(0).square()  # E z² − (E z)²
+    assert_close(prior.mean.double(), mu.mean(0))
+    assert_close(prior.std.double(), variance.sqrt())
+
+
+def test_latent_prior_learns_how_dimensions_go_together(tmp_path):
+    """z = W f + noise, f of four numbers: the correlations, by the scripts' own prior and batch."""
+    s = celeba.Settings(out=str(tmp_path), latent_dim=36, prior_steps=300, device="cpu")
+    randn, prior = normals(0), dm.latent_prior(s, (6, 6))
+    mu = (randn(2000, 4) @ randn(4, 36)).float()
+    logvar = torch.full_like(mu, math.log(0.3**2))
+    prior.standardise(mu, logvar)
+    terms = lambda i: {"surrogate": prior.log_prob(dm.sample_gaussian(mu[i], logvar[i]))}
+    rates = [(prior, s.prior_rate)]
+    correlations = lambda z: z.T.corrcoef()[~torch.eye(36, dtype=torch.bool)]
+    wanted = correlations(dm.sample_gaussian(mu, logvar))
+
+    def learned(prior):
+        """The share of them that its samples have, by least squares."""
+        return ((correlations(prior.sample(2000)) @ wanted) / (wanted @ wanted)).item()
+
+    assert learned(prior) == approx(0, abs=0.05)  # untrained: N(0, I) of the right scale
+    made, _ = dm.fit(prior, terms, "surrogate", 2000, 300, s.prior_batch, rates, s, "prior")
+    assert learned(made) == approx(1, abs=0.1)
 
 
 # ---- 8  Training ---------------------------------------------------------------------------------
@@ -884,6 +1073,64 @@ def test_averaged_weights_are_the_moving_average(tmp_path, monkeypatch):
     rates = torch.tensor([1e-2 * min(1, (k + 1) / 100, (150 - k) / 500) for k in range(149)])
     assert (steps <= 1.5 * rates).all()  # Adam moves by the learning rate, which rises and falls
     assert steps[0] <= 1.01e-4 and 1e-4 < steps[90:].max() <= 4e-3
+
+
+def read_history(out):
+    """The rows of history.csv, {term: float}, where there is a value."""
+    with open(Path(out, "history.csv"), newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def panels(path):
+    """The panels of history.png, 120 pixels high each."""
+    sheet = np.asarray(Image.open(path)).astype(int)
+    assert sheet.shape[0] % 120 == 0
+    return np.split(sheet, sheet.shape[0] // 120)
+
+
+def test_history_holds_the_means_since_the_row_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(dm, "INTERVAL", 25)
+    model, x, seen, watched = nn.Linear(2, 1), torch.randn(10, 2), [], []
+
+    def terms(i):
+        named = {"fit": -model(x[i])[:, 0].square(), "first": x[i, 0]}
+        seen.append({name: term.mean().item() for name, term in named.items()})
+        return named
+
+    def held_out(averaged):
+        assert not averaged.training
+        watched.append(-averaged(x).square().mean().item())
+        return watched[-1]
+
+    toy_fit(model, terms, 10, toy_settings(tmp_path, steps=50), held_out=held_out)
+    rows = read_history(tmp_path)
+    assert [row["step"] for row in rows] == [20, 25, 40, 50]
+    for row, (start, end) in zip(rows, itertools.pairwise([0, 20, 25, 40, 50])):
+        for name in ("fit", "first"):
+            assert row[name] == approx(np.mean([step[name] for step in seen[start:end]]), rel=1e-4)
+        assert row["gradient"] > 0 and row["seconds"] > 0
+    assert [row.get("held-out fit") for row in rows] == [None, watched[0], None, watched[1]]
+    pixels = lambda panel, colour: (panel == colour).all(-1).sum()
+    found = panels(tmp_path / "history.png")  # fit, first, gradient
+    assert [pixels(panel, (0, 0, 0)) > 100 for panel in found] == [True, True, True]
+    assert [pixels(panel, (255, 0, 0)) > 100 for panel in found] == [True, False, False]
+
+
+def test_a_first_row_with_the_held_out_objective_makes_no_panel_more(tmp_path):
+    rows = [{"step": k, "fit": k, "held-out fit": k - 1, "gradient": 1.0} for k in (10.0, 20.0)]
+    dm.save_curves(tmp_path / "curves.png", rows)
+    assert len(panels(tmp_path / "curves.png")) == 2
+
+
+def test_a_resumed_run_goes_on_in_its_history(tmp_path):
+    toy(tmp_path / "whole")
+    stop_after(20, tmp_path / "parts")
+    assert [row["step"] for row in read_history(tmp_path / "parts")] == [20]
+    toy(tmp_path / "parts")
+    whole, parts = (read_history(tmp_path / name) for name in ("whole", "parts"))
+    for row in whole + parts:
+        del row["seconds"]
+    assert whole == parts and [row["step"] for row in whole] == [20, 40]
 
 
 def test_seeds_differ_by_step_stage_and_run():
@@ -1038,6 +1285,105 @@ def test_save_curves(tmp_path):
     assert abs(np.median(red_row) - 50) < 6  # 50 between 10 and 100
 
 
+# ---- 10  What both scripts share -----------------------------------------------------------------
+
+def test_share_of_the_examples_that_have_more_than_a_picture(quick):
+    data, even = celeba.draw_faces(16), torch.arange(40) % 2 == 0
+
+    def labelled(gaps={}, names=celeba.OTHERS, **options):
+        parts, seen = dm.labelled(tiny(**options), data, {"train": gaps}, names)
+        assert all(torch.equal(parts["test"][k], x) for k, x in data["test"].items())
+        return parts["train"], seen
+
+    part, seen = labelled(observed=0.1)
+    kept = seen["mask"]
+    assert list(seen) == ["mask", "attributes"] and torch.equal(kept, seen["attributes"])
+    assert kept.sum() == 4 and all(torch.equal(part[k], x) for k, x in data["train"].items())
+    assert torch.equal(labelled(observed=0.1, steps=9)[1]["mask"], kept)
+    assert not torch.equal(labelled(observed=0.1, seed=1)[1]["mask"], kept)
+    assert torch.equal(labelled(observed=0.1, names=["caption"])[1]["caption"], kept)
+    _, seen = labelled({"mask": even}, observed=0.1)
+    assert torch.equal(seen["mask"], kept & even) and torch.equal(seen["attributes"], kept)
+    assert labelled()[1] == labelled({"mask": even | ~even})[1] == {}
+    part, seen = labelled(observed=0.1, decoder="none")  # Supervised needs all of an example
+    assert seen == {} and all(torch.equal(part[k], x[kept]) for k, x in data["train"].items())
+    with refused("^0 examples to train lack nothing"):
+        labelled(observed=0.01, decoder="none")
+    with refused("^--family mvtcae is defined for complete examples: leave out"):
+        labelled({"mask": even}, family="mvtcae")
+
+
+def test_nothing_is_measured_against_a_gap(quick):
+    data = celeba.draw_faces(16)
+    has, images = torch.arange(12) % 3 == 0, data["test"]["image"]
+    parts, seen = dm.labelled(tiny(), data, {"test": {"mask": has}}, celeba.OTHERS)
+    assert seen == {} and {len(x) for x in parts["test"].values()} == {4}
+    assert torch.equal(parts["test"]["image"], images[has])
+    with refused("^1 examples to test lack nothing, where at least 2"):
+        dm.labelled(tiny(), data, {"test": {"mask": torch.arange(12) == 5}}, celeba.OTHERS)
+
+
+def test_modalities_that_are_never_seen_together(tmp_path, quick):
+    """They train, and what stands in the gaps of the data changes no weight."""
+    data, half, ends = celeba.draw_faces(16), torch.arange(40) < 20, []
+    seen = {"mask": half, "attributes": ~half}
+    for fill in (0, 255):
+        for name, there in seen.items():
+            data["train"][name][~there] = fill
+        s = tiny(out=str(tmp_path / str(fill)), steps=8)
+        model, prior, _ = dm.train(s, data, seen, *celeba.build(s), celeba.batch, None)
+        ends.append([*model.parameters(), *prior.parameters(), prior.mean, prior.std])
+    assert all(torch.equal(one, other) for one, other in zip(*ends))
+    start = celeba.build(s)[0].parameters()
+    assert not any(torch.equal(a, b) for a, b in zip(start, ends[0]) if a.ndim > 1)
+    with refused("model.pt is of another run .examples was"):
+        dm.train(s, data, {"mask": half}, *celeba.build(s), celeba.batch, None)
+
+
+def test_mirrored_flips_a_picture_and_its_mask_together():
+    picture = torch.arange(1000 * 3 * 2 * 4).view(1000, 3, 2, 4)
+    x = {"image": picture, "mask": -picture[:, :1], "attributes": torch.rand(1000, 18)}
+    x["caption"] = torch.randint(9, (1000, 2, 6))
+    out = dm.mirrored(x)
+    flipped = (out["image"][:, 0, 0, 0] == picture[:, 0, 0, 3]).view(-1, 1, 1, 1)
+    assert 400 < flipped.sum() < 600
+    for name in ("image", "mask"):
+        assert torch.equal(out[name], torch.where(flipped, x[name].flip(-1), x[name]))
+    assert out["attributes"] is x["attributes"] and out["caption"] is x["caption"]
+
+
+def test_what_is_mirrored_and_what_is_held_out(tmp_path, monkeypatch, quick):
+    """Mirrored are batches of the training, if asked; watched are the first test examples."""
+    mirrored, data = [], celeba.draw_faces(16)
+    monkeypatch.setattr(dm, "mirrored", lambda x: mirrored.append(len(x["image"])) or x)
+    monkeypatch.setattr(dm, "HELD_OUT", 5)
+    for mirror, batches in ((False, []), (True, [4, 4, 4])):
+        s = tiny(out=str(tmp_path / str(mirror)), mirror=mirror)
+        model, _, _ = dm.train(s, data, {}, *celeba.build(s), celeba.batch, None)
+        assert mirrored == batches
+    (row,) = read_history(s.out)
+    torch.manual_seed(s.seed)
+    pieces = [celeba.batch(data["test"], rows) for rows in (slice(4), slice(4, 5))]
+    totals = torch.cat([model.elbo(x).total for x in pieces])
+    assert row["held-out surrogate"] == approx(totals.mean().item(), rel=1e-5)
+    assert row["surrogate"] != row["held-out surrogate"]
+    prior = Path(s.out, "history-prior.csv").read_text().splitlines()
+    assert prior[0] == "step,seconds,surrogate,gradient" and prior[1].startswith("2,")
+
+
+def test_the_checksum_knows_every_example(quick):
+    data = celeba.draw_faces(16)["test"] | {"mask observed": torch.arange(12) != 3}
+    sums = {dm.checksum(data)}
+    for name, example in itertools.product(data, range(12)):
+        changed = data[name].clone()
+        changed[example] = 1 - changed[example].int()
+        sums.add(dm.checksum(data | {name: changed}))
+    sums.add(dm.checksum({name: x.flip(0) for name, x in data.items()}))
+    sums.add(dm.checksum({name: x[:11] for name, x in data.items()}))
+    assert len(sums) == 1 + 4 * 12 + 2 and min(sums).startswith("11, checksum ")
+    assert dm.checksum(dict(reversed(data.items()))) == dm.checksum(data)
+
+
 # ---- CelebA: drawn faces and the released layout -------------------------------------------------
 
 def face(size=64, seed=0, **changes):
@@ -1161,11 +1507,25 @@ def test_bad_pictures_are_named(released, damage, message):
         celeba.read_faces(released, 16)
 
 
-def test_the_skins_mask_alone_is_not_enough(released):
+def remove_mask(released):
+    """Of face 3; its skin alone is not enough."""
     for path in (released / "CelebAMask-HQ-mask-anno" / "0").glob("00003_[!s]*.png"):
         path.unlink()
-    with refused("CelebAMask-HQ-mask-anno has no mask, or an empty one, of picture 3 and 0 more"):
-        celeba.read_faces(released, 16)
+
+
+def test_faces_without_a_mask_are_refused_or_gaps(released, monkeypatch):
+    monkeypatch.setattr(celeba, "SPLITS", dict.fromkeys(("train", "test"), range(200_000)))
+    whole, _ = celeba.read_faces(released, 16)
+    next(released.glob("*.pt")).unlink()
+    remove_mask(released)
+    for _ in range(2):  # decoded, then from the cache
+        with refused("mask-anno has no mask, or an empty one, of picture 3 and 0 more"):
+            celeba.read_faces(released, 16)
+    data, seen = celeba.read_faces(released, 16, gaps=True)
+    for split in ("train", "test"):
+        assert seen[split]["mask"].tolist() == [False, True, True]
+        assert torch.equal(data[split]["image"], whole[split]["image"])
+        assert torch.equal(data[split]["mask"][1:], whole[split]["mask"][1:])
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -1200,11 +1560,25 @@ def test_settings_of_the_bound_and_of_the_surrogate():
     assert celeba.Settings(decoder="none", beta=0.5).beta == 0.5
 
 
+@BOTH_DECODERS
+def test_mvtcae_is_built_and_is_no_bound(decoder):
+    options = dict(decoder=decoder, weighting="likelihood")
+    assert tiny(**options).is_bound and not tiny(family="mvtcae", **options).is_bound
+    model, _ = celeba.build(tiny(family="mvtcae", **options))
+    assert type(model) is dm.MVTCAE and (model.alpha, model.beta) == (0.9, 1.0)
+    assert model.weights == dict.fromkeys(("image", "mask", "attributes"), approx(2.1 / 3))
+    model, _ = celeba.build(tiny(family="mvtcae"))
+    assert model.beta == 0.01 and model.weights["attributes"] == approx(10 * 2.1 / 3)
+
+
 @pytest.mark.parametrize("options, name", [
     ({}, "Diff-MVAE*"), (dict(weighting="simple"), "Diff-MVAE*"),
     (dict(weighting="likelihood"), "Diff-MVAE"), (dict(family="mvae"), "Diff-MVAE*, mvae"),
     (dict(decoder="feedforward"), "MoPoE*"), (dict(decoder="none"), "Supervised"),
     (dict(decoder="none", family="mvae"), "Supervised"),
+    (dict(decoder="feedforward", family="mvtcae"), "MVTCAE*"),
+    (dict(family="mvtcae"), "Diff-MVAE*, mvtcae"),
+    (dict(family="mvtcae", weighting="likelihood"), "Diff-MVAE, mvtcae"),
 ])
 def test_methods_have_the_names_of_the_paper(options, name):
     assert celeba.Settings(**options).method == name
@@ -1554,6 +1928,15 @@ def test_padding_never_counts(attention):
         assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+def test_a_caption_that_is_a_gap_is_finite_for_bert():
+    encoder = cub.TextEncoder(tiny_bert(), 6)
+    gap = torch.zeros_like(PAIR)  # padding alone
+    found = torch.cat(encoder(torch.cat([PAIR, gap])))
+    found.sum().backward()
+    assert found.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters() if p.grad is not None)
+
+
 def test_bert_reads_its_tokens_and_gpt2_writes_its_own():
     decoder, encoder, z = tiny_gpt2(), cub.TextEncoder(tiny_bert(), 6).eval(), torch.randn(2, 6)
     nudge(encoder, 0.3)
@@ -1875,8 +2258,19 @@ def test_a_step_with_birds_never_waits_for_the_device(monkeypatch, quick):
     assert on_meta(monkeypatch, cub.build(s, tokenizers), data, cub.batch).device.type == "meta"
 
 
+def test_the_papers_latent_priors():
+    words = cub.text_tokenizers(cub.Settings(), TWO_BIRDS)
+    birds = lambda s: cub.build(s, words)
+    for script, build, shape in ((celeba, celeba.build, (1, 4, 4)), (cub, birds, (1, 16))):
+        for net, kind, expected in (("unet", dm.UNet, shape), ("mlp", dm.ResidualMLP, (16,))):
+            _, prior = build(tiny(script.Settings, prior_net=net))
+            assert type(prior.net) is kind and prior.shape == expected
+            assert prior.sample(3).shape == (3, 16)
+
+
 @pytest.mark.parametrize("options", [
-    {}, dict(weighting="likelihood"), dict(decoder="feedforward", family="mmvae")
+    {}, dict(weighting="likelihood"), dict(decoder="feedforward", family="mmvae"),
+    dict(decoder="feedforward", family="mvtcae"), dict(observed=0.1),
 ])
 def test_celeba_end_to_end(tmp_path, capsys, quick, options):
     s, sheet = tiny(out=str(tmp_path), **options), tmp_path / "samples.png"
@@ -1949,8 +2343,28 @@ def test_cub_end_to_end(tmp_path, capsys, quick, options):
     assert len(cub.spell(tokenizers, decoded["caption"])) == 2
 
 
-def test_real_birds_end_to_end(tmp_path, released_birds, quick):
-    real = dict(data=str(released_birds), text="small", attention=0)
+def test_real_faces_with_a_gap_end_to_end(tmp_path, released, monkeypatch, quick):
+    monkeypatch.setattr(celeba, "SPLITS", dict.fromkeys(("train", "test"), range(200_000)))
+    remove_mask(released)
+    for decoder in ("diffusion", "none"):
+        out = str(tmp_path / decoder)
+        celeba.run(tiny(out=out, data=str(released), gaps=True, decoder=decoder))
+        examples = dm.read_checkpoint(Path(out, "model.pt"))["settings"]["examples"]
+        assert examples.startswith("3, " if decoder == "diffusion" else "2, ")
+        assert results_in(out)["tables"]["F1 given"]["the image"].keys() == {"mask", "attributes"}
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_real_birds_end_to_end(tmp_path, released_birds, quick, gaps):
+    if gaps:
+        for name in ("1.A/one", "2.B/one"):  # one to train, one to test
+            (released_birds / "text" / f"{name}.txt").write_text(" \n")
+        birds = cub.read_birds(released_birds, 16, gaps=True)
+        data, seen = cub.tensors(birds, cub.text_tokenizers(cub.Settings(), TWO_BIRDS), 8)
+        lacking = {split: (~there["caption"]).tolist() for split, there in seen.items()}
+        assert lacking == {"train": [True, False], "test": [False, True, False, False]}
+        assert {split: len(x["caption"]) for split, x in data.items()} == {"train": 2, "test": 4}
+    real = dict(data=str(released_birds), text="small", attention=0, gaps=gaps)
     cub.run(tiny(cub.Settings, out=str(tmp_path), measured=2, **real))
     assert "coherence" not in results_in(tmp_path)["tables"]
 
