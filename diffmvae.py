@@ -1387,20 +1387,22 @@ def labelled(s, data, observed, names):
     nothing can be measured against a gap; so are training examples for Supervised.
     """
     flags = dict(observed.get("train", {}))
+    whole = {split: complete(data[split], observed.get(split, {})) for split in data}
     if s.observed < 1:
         n = len(data["train"]["image"])
         order = torch.randperm(n, generator=torch.Generator().manual_seed(s.seed))
         kept = order < round(s.observed * n)
         flags = {name: kept & flags.get(name, kept) for name in names}
     flags = {name: there for name, there in flags.items() if not there.all()}
-    data = {"train": data["train"], "test": complete(data["test"], observed.get("test", {}))}
+    data = {"train": data["train"], "test": whole["test"]}
     if s.decoder == "none":
-        data["train"], flags = complete(data["train"], flags), {}
-    for split, least in (("train", 1), ("test", 2)):
-        n = len(data[split]["image"])
-        if n < least:
-            raise InputError(f"{n} examples to {split} lack nothing, where at least {least} are "
-                             "needed: get more data")
+        data["train"] = whole["train"] = complete(data["train"], flags)
+        flags = {}
+    for split, part in whole.items():
+        n = len(part["image"])
+        if n < 2:  # no covariance, which the tables need
+            raise InputError(f"{n} examples to {split} lack nothing, where at least 2 are needed: "
+                             "get more data")
     for split, part in data.items():
         data[split] = {name: x.to(s.device) for name, x in part.items()}
     return data, {name: there.to(s.device) for name, there in flags.items()}
@@ -1547,11 +1549,13 @@ def cell(value):
 
 def read_results(path, settings):
     """The settings and the tables in a results.json."""
+    text = read_text(path)
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = json.loads(text)
         return settings(**record["settings"]), record["tables"]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise InputError(f"{path} is missing or no run of this script: run it") from problem
+    except (ValueError, KeyError, TypeError) as problem:
+        raise InputError(f"{path} is damaged or of no run of this script ({why(problem)}): leave "
+                         "it out") from problem
 
 
 def check_comparable(path, s, first):
@@ -1577,6 +1581,7 @@ def report(s):
     for folder in s.report:
         path = Path(folder) / "results.json"
         of_run, found = read_results(path, type(s))
+        check_finite(path, found)
         check_comparable(path, of_run, first)
         for title, given, measure, value in entries(found):
             methods = tables.setdefault(f"{title}: {measure}", {})
@@ -1593,9 +1598,18 @@ def entries(tables):
                 yield title, row, column, value
 
 
+def check_finite(path, tables):
+    """Refuse tables for, or of, a file in which something is not a number."""
+    for title, row, column, value in entries(tables):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{path}: {title}, {row}, {column} is {value}: look at the "
+                                     "curves in history.png and at the data")
+
+
 def save_results(s, results):
     """Write results, the settings and the machine to results.json in the folder s.out."""
     path = Path(s.out) / "results.json"
+    check_finite(path, results["tables"])
     record = {
         "settings": asdict(s),
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
@@ -1626,12 +1640,20 @@ def export(folder, pictures):
 
 # Reading data
 
-def read_lines(path):
-    """The lines of a text file, whatever its line ends, with or without a byte-order mark."""
+def read_text(path):
+    """A text file, with or without a byte-order mark; what is not UTF-8 in it is replaced."""
     try:
-        return path.read_text("utf-8-sig", "replace").splitlines()
+        text = path.read_text("utf-8-sig", "replace")
     except OSError as problem:
         raise InputError(f"{path} cannot be opened ({why(problem)})") from problem
+    if "\0" in text:
+        raise InputError(f"{path} is no text in UTF-8: get it anew")
+    return text
+
+
+def read_lines(path):
+    """The lines of a text file, whatever its line ends."""
+    return read_text(path).splitlines()
 
 
 def read_table(path, pair, header=0, keys=()):

@@ -52,7 +52,7 @@ class Settings(diffmvae.Settings):
     bert: str = option("encoder of the text: name in the hub, or local folder", "bert-base-cased")
     gpt2: str = option("decoder of the text: name in the hub, or local folder", "gpt2")
     optimus: str = option("file of Optimus weights to load into these two (§4.1)", "")
-    tokens: int = option("longest caption; what is beyond is cut", 28, 64, least=2, most=512)
+    tokens: int = option("longest caption; what is beyond is cut", 28, 64, least=3, most=512)
     clip: str = option("CLIP for Tables 1 and 2: name in the hub, or local folder", "")
 
     free = (*diffmvae.Settings.free, "clip")
@@ -336,6 +336,8 @@ def text_tokenizers(s, captions):
         return run_tokenizers(s.out)
     if s.text == "small":
         words = word_tokenizer(captions)
+        if len(words) == len(words.all_special_ids):
+            raise InputError("no word is twice in the captions: --text small needs such words")
         return [words, words]
     tokenizers = [pretrained(hf.AutoTokenizer, name) for name in (s.bert, s.gpt2)]
     tokenizers[1].add_special_tokens({"pad_token": "<PAD>", "bos_token": "<BOS>",
@@ -596,9 +598,9 @@ def run(s):
     tables, made = measure(s, model, prior, tokenizers, clip, test, training, birds["test"][2])
     if s.is_bound:
         tables["Eq. 5"] = nats(model, data["test"], batch)
+    save_results(s, {"tables": tables, "seconds": seconds})
     x, some = ({name: v[:8] for name, v in part.items()} for part in (test, training))
     draw(Path(s.out) / "samples.png", model, tokenizers, x, prior, some)
-    save_results(s, {"tables": tables, "seconds": seconds})
     if s.export:
         export(s.export, made)
     show(tables)
