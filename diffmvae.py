@@ -846,9 +846,9 @@ class InputError(ValueError):
 
 
 def why(problem):
-    """The first 40 words of an exception's message, or its name, on one line."""
-    words = str(problem).split()
-    return " ".join(words[:40]) if words else type(problem).__name__
+    """The first 25 words of an exception's message, or its name, on one line without colours."""
+    words = re.sub(r"\x1b\[[\d;]*m", "", str(problem)).split()
+    return " ".join(words[:25]) if words else type(problem).__name__
 
 
 def save_checkpoint(path, state):
@@ -858,7 +858,8 @@ def save_checkpoint(path, state):
         torch.save(state, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as problem:  # RuntimeError: how torch says that a disk is full
-        part.unlink(missing_ok=True)
+        if part.exists():  # in a file system that is read-only nothing may even be removed
+            part.unlink()
         raise InputError(f"{path} cannot be written ({why(problem)}), what was there before is "
                          "whole: make room, or take another folder") from problem
 
@@ -971,7 +972,7 @@ def save_history(checkpoint, history):
     """The rows of a training so far, [{term: float}], as a CSV file and as a picture of curves."""
     name = HISTORY[checkpoint.stem]
     columns = list(dict.fromkeys(column for row in history for column in row))
-    with open(checkpoint.with_name(f"{name}.csv"), "w", newline="") as file:
+    with open(checkpoint.with_name(f"{name}.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(history)
@@ -1260,7 +1261,7 @@ def check_usable(s):
     """Refuse at once what would fail late: the device, the folders, the checkpoints in them."""
     try:
         torch.ones(1, device=s.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+    except (RuntimeError, AssertionError, ImportError) as problem:
         raise InputError(f"--device {s.device} cannot be used ({why(problem)}): give "
                          "another") from problem
     for flag, folder in (("--out", s.out), ("--export", s.export)):
@@ -1281,11 +1282,15 @@ def check_usable(s):
 @contextmanager
 def alone_in(folder):
     """Keep other runs out of a folder. The lock is the system's: it ends with the process."""
-    lock = sqlite3.connect(Path(folder) / "lock", timeout=0, isolation_level=None)
+    path = Path(folder) / "lock"
     try:
+        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as problem:
-        raise InputError(f"--out {folder}: another run is using this folder") from problem
+    except sqlite3.Error as problem:
+        if problem.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise InputError(f"--out {folder}: another run is using this folder") from problem
+        raise InputError(f"{path} cannot be locked ({why(problem)}): remove it, or give another "
+                         "--out") from problem
     try:
         yield
     finally:
@@ -1306,11 +1311,14 @@ def main(run, settings, description):
         with alone_in(s.out):
             run(s)
             return
-    except (InputError, FloatingPointError) as problem:
+    except (InputError, FloatingPointError, OSError) as problem:  # OSError: names its file itself
         message = str(problem)
     except KeyboardInterrupt as problem:
         message, status = str(problem) or "stopped: run it again", 130
-    except (torch.OutOfMemoryError, MemoryError) as problem:
+    except (RuntimeError, MemoryError) as problem:
+        lacking = isinstance(problem, (torch.OutOfMemoryError, MemoryError))
+        if not lacking and not re.search("(out of|allocate) memory", str(problem)):
+            raise
         message = f"out of memory ({why(problem)}): give a smaller --batch-size"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
