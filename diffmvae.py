@@ -601,9 +601,16 @@ class FeedForward(nn.Module):
         self.net = net
         self.likelihood = likelihood
 
+    def distribution(self, z):
+        """p(x|z) itself."""
+        p = self.likelihood(in_bf16(self.net, z))
+        if isinstance(p, Categorical):
+            raise ValueError("a Categorical has no mean: give x one-hot and a OneHotCategorical")
+        return p
+
     def log_prob(self, x, z):
         """log p(x|z) in nats, summed over dimensions: (B, ...), (B, D) -> (B,)."""
-        return self.likelihood(in_bf16(self.net, z)).log_prob(x).reshape(len(z), -1).sum(1)
+        return self.distribution(z).log_prob(x).reshape(len(z), -1).sum(1)
 
     @torch.no_grad()
     def sample(self, z):
@@ -611,10 +618,7 @@ class FeedForward(nn.Module):
 
         What varies is in z; sampling p(x|z) would only lay independent noise on every pixel.
         """
-        p = self.likelihood(in_bf16(self.net, z))
-        if isinstance(p, Categorical):
-            raise ValueError("a Categorical has no mean: give x one-hot and a OneHotCategorical")
-        return p.mean
+        return self.distribution(z).mean
 
 
 @dataclass
@@ -678,7 +682,8 @@ class DiffMVAE(nn.Module):
     def __init__(self, encoders, decoders, family="mopoe", beta=1.0, weights=None,
                  prior_expert=False):
         super().__init__()
-        reserved = {"ELBO", "surrogate", "KL"} & {*encoders, *decoders}
+        columns = {"ELBO", "surrogate", "KL", "gradient", "step", "seconds"}  # of the history
+        reserved = columns & {*encoders, *decoders}
         if reserved:
             raise ValueError(f"{min(reserved)} is the name of a term: call the modality otherwise")
         self.encoders = nn.ModuleDict(encoders)
