@@ -8,6 +8,7 @@ decoder has log_prob and sample. The same command run again goes on where it sto
 """
 
 import argparse
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,13 +298,19 @@ def load_optimus(path, encoder, decoder):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, "cpu", weights_only=True)
-    except Exception as problem:  # not there, damaged, or with code to execute
+    except pickle.UnpicklingError as problem:
+        raise InputError(f"{path} is damaged or holds code, which is not executed: give a file of "
+                         "Optimus weights") from problem
+    except Exception as problem:  # not there, or not of torch, which has no class for that
         raise InputError(f"{path} cannot be loaded ({why(problem)}): give a file of Optimus "
                          "weights") from problem
-    state = state.get("model_state_dict", state)
+    if isinstance(state, dict):
+        state = state.get("model_state_dict", state)
+    if not isinstance(state, dict):
+        raise InputError(f"{path} is no file of Optimus: it holds no named weights")
     renamed = {}
     for key, value in state.items():
-        key = key.removeprefix("module.")
+        key = str(key).removeprefix("module.")
         for theirs, name in ours.items():
             key = re.sub(rf"^{re.escape(theirs)}\.", f"{name}.", key)
         renamed[key] = value
@@ -347,7 +354,13 @@ def text_tokenizers(s, captions):
 
 def run_tokenizers(out):
     """The two that are part of a run."""
-    return [pretrained(hf.AutoTokenizer, f"{out}/tokenizer-{end}") for end in ("in", "out")]
+    tokenizers = []
+    for end in ("in", "out"):
+        folder = Path(out) / f"tokenizer-{end}"
+        if not folder.is_dir():  # and never from the hub
+            raise InputError(f"{folder}, part of that run, is missing: change --out")
+        tokenizers.append(pretrained(hf.AutoTokenizer, str(folder)))
+    return tokenizers
 
 
 def tokenise(tokenizers, captions, length):
@@ -579,8 +592,9 @@ def run(s):
     birds = read_birds(s.data, s.size, s.gaps) if s.data else draw_birds(s.size)
     captions = [caption for ten in birds["train"][1] for caption in ten]
     tokenizers = text_tokenizers(s, captions)
-    for end, words in zip(("in", "out"), tokenizers):
-        words.save_pretrained(f"{s.out}/tokenizer-{end}")
+    if not (Path(s.out) / "model.pt").exists():  # from then on they stay as they are
+        for end, words in zip(("in", "out"), tokenizers):
+            words.save_pretrained(f"{s.out}/tokenizer-{end}")
     data, observed = tensors(birds, tokenizers, s.tokens)
     whole = complete(data["train"], observed["train"])
     data, observed = labelled(s, data, observed, ["caption"])
