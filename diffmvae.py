@@ -602,9 +602,16 @@ class FeedForward(nn.Module):
         self.net = net
         self.likelihood = likelihood
 
+    def distribution(self, z):
+        """p(x|z) itself."""
+        p = self.likelihood(in_bf16(self.net, z))
+        if isinstance(p, Categorical):
+            raise ValueError("a Categorical has no mean: give x one-hot and a OneHotCategorical")
+        return p
+
     def log_prob(self, x, z):
         """log p(x|z) in nats, summed over dimensions: (B, ...), (B, D) -> (B,)."""
-        return self.likelihood(in_bf16(self.net, z)).log_prob(x).reshape(len(z), -1).sum(1)
+        return self.distribution(z).log_prob(x).reshape(len(z), -1).sum(1)
 
     @torch.no_grad()
     def sample(self, z):
@@ -612,10 +619,7 @@ class FeedForward(nn.Module):
 
         What varies is in z; sampling p(x|z) would only lay independent noise on every pixel.
         """
-        p = self.likelihood(in_bf16(self.net, z))
-        if isinstance(p, Categorical):
-            raise ValueError("a Categorical has no mean: give x one-hot and a OneHotCategorical")
-        return p.mean
+        return self.distribution(z).mean
 
 
 @dataclass
@@ -681,7 +685,8 @@ class DiffMVAE(nn.Module):
     def __init__(self, encoders, decoders, family="mopoe", beta=1.0, weights=None,
                  prior_expert=False):
         super().__init__()
-        reserved = {"ELBO", "surrogate", "KL"} & {*encoders, *decoders}
+        columns = {"ELBO", "surrogate", "KL", "gradient", "step", "seconds"}  # of the history
+        reserved = columns & {*encoders, *decoders}
         if reserved:
             raise ValueError(f"{min(reserved)} is the name of a term: call the modality otherwise")
         self.encoders = nn.ModuleDict(encoders)
@@ -851,9 +856,9 @@ class InputError(ValueError):
 
 
 def why(problem):
-    """The first 40 words of an exception's message, or its name, on one line."""
-    words = str(problem).split()
-    return " ".join(words[:40]) if words else type(problem).__name__
+    """The first 25 words of an exception's message, or its name, on one line without colours."""
+    words = re.sub(r"\x1b\[[\d;]*m", "", str(problem)).split()
+    return " ".join(words[:25]) if words else type(problem).__name__
 
 
 def save_checkpoint(path, state):
@@ -863,7 +868,8 @@ def save_checkpoint(path, state):
         torch.save(state, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as problem:  # RuntimeError: how torch says that a disk is full
-        part.unlink(missing_ok=True)
+        if part.exists():  # in a file system that is read-only nothing may even be removed
+            part.unlink()
         raise InputError(f"{path} cannot be written ({why(problem)}), what was there before is "
                          "whole: make room, or take another folder") from problem
 
@@ -976,7 +982,7 @@ def save_history(checkpoint, history):
     """The rows of a training so far, [{term: float}], as a CSV file and as a picture of curves."""
     name = HISTORY[checkpoint.stem]
     columns = list(dict.fromkeys(column for row in history for column in row))
-    with open(checkpoint.with_name(f"{name}.csv"), "w", newline="") as file:
+    with open(checkpoint.with_name(f"{name}.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(history)
@@ -1268,7 +1274,7 @@ def check_usable(s):
     """Refuse at once what would fail late: the device, the folders, the checkpoints in them."""
     try:
         torch.ones(1, device=s.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+    except (RuntimeError, AssertionError, ImportError) as problem:
         raise InputError(f"--device {s.device} cannot be used ({why(problem)}): give "
                          "another") from problem
     for flag, folder in (("--out", s.out), ("--export", s.export)):
@@ -1289,11 +1295,15 @@ def check_usable(s):
 @contextmanager
 def alone_in(folder):
     """Keep other runs out of a folder. The lock is the system's: it ends with the process."""
-    lock = sqlite3.connect(Path(folder) / "lock", timeout=0, isolation_level=None)
+    path = Path(folder) / "lock"
     try:
+        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as problem:
-        raise InputError(f"--out {folder}: another run is using this folder") from problem
+    except sqlite3.Error as problem:
+        if problem.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise InputError(f"--out {folder}: another run is using this folder") from problem
+        raise InputError(f"{path} cannot be locked ({why(problem)}): remove it, or give another "
+                         "--out") from problem
     try:
         yield
     finally:
@@ -1314,11 +1324,14 @@ def main(run, settings, description):
         with alone_in(s.out):
             run(s)
             return
-    except (InputError, FloatingPointError) as problem:
+    except (InputError, FloatingPointError, OSError) as problem:  # OSError: names its file itself
         message = str(problem)
     except KeyboardInterrupt as problem:
         message, status = str(problem) or "stopped: run it again", 130
-    except (torch.OutOfMemoryError, MemoryError) as problem:
+    except (RuntimeError, MemoryError) as problem:
+        lacking = isinstance(problem, (torch.OutOfMemoryError, MemoryError))
+        if not lacking and not re.search("(out of|allocate) memory", str(problem)):
+            raise
         message = f"out of memory ({why(problem)}): give a smaller --batch-size"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
@@ -1395,23 +1408,25 @@ def labelled(s, data, observed, names):
     nothing can be measured against a gap; so are training examples for Supervised.
     """
     flags = dict(observed.get("train", {}))
+    whole = {split: complete(data[split], observed.get(split, {})) for split in data}
     if s.observed < 1:
         n = len(data["train"]["image"])
         order = torch.randperm(n, generator=torch.Generator().manual_seed(s.seed))
         kept = order < round(s.observed * n)
         flags = {name: kept & flags.get(name, kept) for name in names}
     flags = {name: there for name, there in flags.items() if not there.all()}
-    data = {"train": data["train"], "test": complete(data["test"], observed.get("test", {}))}
+    data = {"train": data["train"], "test": whole["test"]}
     if s.decoder == "none":
-        data["train"], flags = complete(data["train"], flags), {}
+        data["train"] = whole["train"] = complete(data["train"], flags)
+        flags = {}
     if flags and s.family == "mvtcae":
         raise InputError("--family mvtcae is defined for complete examples: leave out --observed "
                          "and --gaps")
-    for split, least in (("train", 1), ("test", 2)):
-        n = len(data[split]["image"])
-        if n < least:
-            raise InputError(f"{n} examples to {split} lack nothing, where at least {least} are "
-                             "needed: get more data")
+    for split, part in whole.items():
+        n = len(part["image"])
+        if n < 2:  # no covariance, which the tables need
+            raise InputError(f"{n} examples to {split} lack nothing, where at least 2 are needed: "
+                             "get more data")
     for split, part in data.items():
         data[split] = {name: x.to(s.device) for name, x in part.items()}
     return data, {name: there.to(s.device) for name, there in flags.items()}
@@ -1558,11 +1573,13 @@ def cell(value):
 
 def read_results(path, settings):
     """The settings and the tables in a results.json."""
+    text = read_text(path)
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = json.loads(text)
         return settings(**record["settings"]), record["tables"]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise InputError(f"{path} is missing or no run of this script: run it") from problem
+    except (ValueError, KeyError, TypeError) as problem:
+        raise InputError(f"{path} is damaged or of no run of this script ({why(problem)}): leave "
+                         "it out") from problem
 
 
 def check_comparable(path, s, first):
@@ -1588,6 +1605,7 @@ def report(s):
     for folder in s.report:
         path = Path(folder) / "results.json"
         of_run, found = read_results(path, type(s))
+        check_finite(path, found)
         check_comparable(path, of_run, first)
         for title, given, measure, value in entries(found):
             methods = tables.setdefault(f"{title}: {measure}", {})
@@ -1604,9 +1622,18 @@ def entries(tables):
                 yield title, row, column, value
 
 
+def check_finite(path, tables):
+    """Refuse tables for, or of, a file in which something is not a number."""
+    for title, row, column, value in entries(tables):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{path}: {title}, {row}, {column} is {value}: look at the "
+                                     "curves in history.png and at the data")
+
+
 def save_results(s, results):
     """Write results, the settings and the machine to results.json in the folder s.out."""
     path = Path(s.out) / "results.json"
+    check_finite(path, results["tables"])
     record = {
         "settings": asdict(s),
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
@@ -1637,12 +1664,20 @@ def export(folder, pictures):
 
 # Reading data
 
-def read_lines(path):
-    """The lines of a text file, whatever its line ends, with or without a byte-order mark."""
+def read_text(path):
+    """A text file, with or without a byte-order mark; what is not UTF-8 in it is replaced."""
     try:
-        return path.read_text("utf-8-sig", "replace").splitlines()
+        text = path.read_text("utf-8-sig", "replace")
     except OSError as problem:
         raise InputError(f"{path} cannot be opened ({why(problem)})") from problem
+    if "\0" in text:
+        raise InputError(f"{path} is no text in UTF-8: get it anew")
+    return text
+
+
+def read_lines(path):
+    """The lines of a text file, whatever its line ends."""
+    return read_text(path).splitlines()
 
 
 def read_table(path, pair, header=0, keys=()):

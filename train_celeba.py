@@ -251,9 +251,7 @@ def read_mask(folder, k):
         if union is not None and union.shape != layer.shape:
             raise InputError(f"{path} is of another size than the other parts: unpack it again")
         union = layer if union is None else np.maximum(union, layer)
-    if union is None or not union.any():
-        return None
-    return Image.fromarray(union)
+    return None if union is None else Image.fromarray(union)
 
 
 def read_face(folder, k, size):
@@ -261,10 +259,11 @@ def read_face(folder, k, size):
     picture = open_picture(folder / "CelebA-HQ-img" / f"{k}.jpg", "RGB")
     mask = read_mask(folder, k)
     if mask is None:
-        layers = shrunk(picture, Image.new("L", picture.size), size)
+        mask = Image.new("L", picture.size)
+    layers = shrunk(picture, mask, size)
+    if not layers[..., 3].any():  # black, or nothing of it is left at this size
         layers[..., 3] = MISSING
-        return layers
-    return shrunk(picture, mask, size)
+    return layers
 
 
 def read_attributes(path):
@@ -481,9 +480,9 @@ def run(s):
         results["images sampled per second"] = drawn / (time.monotonic() - started)
         if judge:
             results["tables"]["pictures given"] = judged(judge, made, batch(test)["image"])
-        if s.export:
-            export(s.export, {label: pictures for label, (pictures, _) in made.items()})
     save_results(s, results)
+    if s.export:
+        export(s.export, {label: pictures for label, (pictures, _) in made.items()})
     show(results["tables"])
 
 

@@ -8,6 +8,7 @@ decoder has log_prob and sample. The same command run again goes on where it sto
 """
 
 import argparse
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class Settings(diffmvae.Settings):
     bert: str = option("encoder of the text: name in the hub, or local folder", "bert-base-cased")
     gpt2: str = option("decoder of the text: name in the hub, or local folder", "gpt2")
     optimus: str = option("file of Optimus weights to load into these two (§4.1)", "")
-    tokens: int = option("longest caption; what is beyond is cut", 28, 64, least=2, most=512)
+    tokens: int = option("longest caption; what is beyond is cut", 28, 64, least=3, most=512)
     clip: str = option("CLIP for Tables 1 and 2: name in the hub, or local folder", "")
 
     free = (*diffmvae.Settings.free, "clip")
@@ -297,13 +298,19 @@ def load_optimus(path, encoder, decoder):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, "cpu", weights_only=True)
-    except Exception as problem:  # not there, damaged, or with code to execute
+    except pickle.UnpicklingError as problem:
+        raise InputError(f"{path} is damaged or holds code, which is not executed: give a file of "
+                         "Optimus weights") from problem
+    except Exception as problem:  # not there, or not of torch, which has no class for that
         raise InputError(f"{path} cannot be loaded ({why(problem)}): give a file of Optimus "
                          "weights") from problem
-    state = state.get("model_state_dict", state)
+    if isinstance(state, dict):
+        state = state.get("model_state_dict", state)
+    if not isinstance(state, dict):
+        raise InputError(f"{path} is no file of Optimus: it holds no named weights")
     renamed = {}
     for key, value in state.items():
-        key = key.removeprefix("module.")
+        key = str(key).removeprefix("module.")
         for theirs, name in ours.items():
             key = re.sub(rf"^{re.escape(theirs)}\.", f"{name}.", key)
         renamed[key] = value
@@ -336,6 +343,8 @@ def text_tokenizers(s, captions):
         return run_tokenizers(s.out)
     if s.text == "small":
         words = word_tokenizer(captions)
+        if len(words) == len(words.all_special_ids):
+            raise InputError("no word is twice in the captions: --text small needs such words")
         return [words, words]
     tokenizers = [pretrained(hf.AutoTokenizer, name) for name in (s.bert, s.gpt2)]
     tokenizers[1].add_special_tokens({"pad_token": "<PAD>", "bos_token": "<BOS>",
@@ -345,7 +354,13 @@ def text_tokenizers(s, captions):
 
 def run_tokenizers(out):
     """The two that are part of a run."""
-    return [pretrained(hf.AutoTokenizer, f"{out}/tokenizer-{end}") for end in ("in", "out")]
+    tokenizers = []
+    for end in ("in", "out"):
+        folder = Path(out) / f"tokenizer-{end}"
+        if not folder.is_dir():  # and never from the hub
+            raise InputError(f"{folder}, part of that run, is missing: change --out")
+        tokenizers.append(pretrained(hf.AutoTokenizer, str(folder)))
+    return tokenizers
 
 
 def tokenise(tokenizers, captions, length):
@@ -577,8 +592,9 @@ def run(s):
     birds = read_birds(s.data, s.size, s.gaps) if s.data else draw_birds(s.size)
     captions = [caption for ten in birds["train"][1] for caption in ten]
     tokenizers = text_tokenizers(s, captions)
-    for end, words in zip(("in", "out"), tokenizers):
-        words.save_pretrained(f"{s.out}/tokenizer-{end}")
+    if not (Path(s.out) / "model.pt").exists():  # from then on they stay as they are
+        for end, words in zip(("in", "out"), tokenizers):
+            words.save_pretrained(f"{s.out}/tokenizer-{end}")
     data, observed = tensors(birds, tokenizers, s.tokens)
     whole = complete(data["train"], observed["train"])
     data, observed = labelled(s, data, observed, ["caption"])
@@ -596,9 +612,9 @@ def run(s):
     tables, made = measure(s, model, prior, tokenizers, clip, test, training, birds["test"][2])
     if s.is_bound:
         tables["Eq. 5"] = nats(model, data["test"], batch)
+    save_results(s, {"tables": tables, "seconds": seconds})
     x, some = ({name: v[:8] for name, v in part.items()} for part in (test, training))
     draw(Path(s.out) / "samples.png", model, tokenizers, x, prior, some)
-    save_results(s, {"tables": tables, "seconds": seconds})
     if s.export:
         export(s.export, made)
     show(tables)
