@@ -890,6 +890,15 @@ def read_checkpoint(path):
         raise InputError(f"{path} is damaged: remove it") from problem
 
 
+def restore(path, part, state):
+    """Load what the checkpoint path holds into a module or an optimiser."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError) as problem:  # names or shapes that part does not have
+        raise InputError(f"{path} is of other code, whose networks differ ({why(problem)}): train "
+                         "in another --out, or take that code") from problem
+
+
 def check_same(path, was, now):
     """Refuse to go on from a checkpoint with other settings or other data, and name them."""
     changes = []
@@ -996,7 +1005,7 @@ def resume(path, settings, trainee):
     state = read_checkpoint(path)
     check_same(path, state["settings"], settings)
     for name, part in trainee.parts().items():
-        part.load_state_dict(state[name])
+        restore(path, part, state[name])
     return state["step"], state["seconds"], state["history"]
 
 
@@ -1514,7 +1523,7 @@ def load_run(out, settings, build, device="cpu"):
     model, prior = build(settings(**saved))
     for stage, part in (("model", model), ("prior", prior)):
         if part is not None:
-            part.load_state_dict(states[stage]["averaged"])
+            restore(Path(out) / f"{stage}.pt", part, states[stage]["averaged"])
             part.to(device).eval().requires_grad_(False)
     return model, prior
 

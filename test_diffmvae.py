@@ -2676,6 +2676,21 @@ def test_numbers_are_saved_before_pictures_can_fail(tmp_path, monkeypatch, quick
         assert results_in(s.out)["tables"]
 
 
+def test_flat_pictures_are_no_measure():
+    judge, flat = celeba.build(tiny(decoder="none"))[0], torch.zeros(4, 3, 16, 16)
+    with refused("the real pictures are flat"):
+        celeba.judged(judge, {"image": (flat, {})}, flat)
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path, monkeypatch, quick):
+    s = tiny(out=str(tmp_path), measured=2)
+    celeba.run(s)
+    monkeypatch.setattr(celeba, "mlp", lambda *widths: dm.mlp(*widths[:1], 7, *widths[2:]))
+    for again in (lambda: celeba.run(s), lambda: celeba.load(tmp_path)):
+        with refused("model.pt is of other code, whose networks differ .*size mismatch"):
+            again()
+
+
 @pytest.mark.parametrize("script", ["train_celeba", "train_cub"])
 def test_scripts_start_on_windows(script):
     start = f"import sys; sys.modules['resource'] = None; import {script} as script; "

@@ -406,6 +406,9 @@ def judged(judge, made, real):
         return in_batches(judge.posterior, {"image": pictures}, "judging")[0]  # (N, D)
 
     features, (edges, grain) = see(real), contrasts(real)
+    if edges == 0 or grain == 0:
+        raise InputError("the real pictures are flat, so that no sharpness can be measured: look at "
+                         "the data")
     table = {}
     for given, (pictures, shown) in made.items():
         pictures = pictures.clamp(-1, 1)
