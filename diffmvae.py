@@ -5,14 +5,14 @@ Gaussians; training draws subsets (MoPoE). Simple modalities have feed-forward d
 a diffusion decoder conditioned on z, whose denoising score-matching loss stands inside the ELBO. A
 second, small diffusion model learns the distribution of z for unconditional samples.
 
-The file follows the paper from top to bottom: sections 1 to 7 are the method, 8 to 10 what it takes
-to run it. README.md lists what is where, and all departures from the paper; those from its
+Sections 1 to 7 are the method, each built on those before it; 8 to 10 train, measure and run it.
+README.md says what of the paper is where, and lists all departures from it; those from its
 equations are marked "Deviation" here. The notation:
 
     x_1 .. x_M    modalities                          z           latent, (B, D), p(z) = N(0, I)
     A, S, ω_A     a subset, their family, its weight  μ, log σ²   mu, logvar of an expert or product
-    t ∈ [0, 1]    time                                x_t         α(t) x + σ(t) ε, with ε ~ N(0, I)
-    ℓ(t)          log-SNR, log α²/σ²                  β(t)        g(t)², the SDE's noise rate
+    t ∈ [t_0, 1]  time, t_0 = t_min                   x_t         α(t) x + σ(t) ε, with ε ~ N(0, I)
+    ℓ(t)          log-SNR, log α²/σ²                  β(t), β     g(t)², the noise rate; KL's weight
     ε̂_θ(x_t,z,t)  the predicted noise                 s_θ         the score, −ε̂/σ
 """
 
@@ -106,8 +106,9 @@ class VPSDE:
     """dx = −½ β(t) x dt + √β(t) dw on t ∈ [0, 1], β(t) linear (Y. Song et al. 2021).
 
     q(x_t|x) = N(α(t) x, σ(t)² I) is the paper's q(x_t|x_0) with ᾱ_t = α(t)². Bound and samplers
-    stop at t_min. There σ = 0.0033, 0.4 of the step between two grey levels of 8 bits (2/255 on
-    [−1, 1]): a little more noise than rounding left, so that no density can profit from the levels.
+    stop at t_min. There σ = 0.0032, 0.4 of the step between two grey levels of 8 bits (2/255 on
+    [−1, 1]). Rounding to levels is an error of 0.29 of a step; under a little more noise than that
+    the levels blur, and a density gains nothing by being high at them and low between.
     """
 
     beta_min: float = 0.1
@@ -142,39 +143,39 @@ class VPSDE:
         return 2 * b / (self.beta_min + (self.beta_min**2 + 2 * slope * b).sqrt())
 
     def log_snr_ends(self):
-        """(ℓ(1), ℓ(t_min)) as floats."""
+        """(ℓ(1), ℓ(t_min)), the least and the greatest, as floats."""
         return self.log_snr(torch.tensor([1.0, self.t_min], dtype=torch.float64)).tolist()
 
 
 # ---- 3  Samplers (§4) ----------------------------------------------------------------------------
 
-# Both call eps_model(x_t, t) -> ε̂ at a scalar t and start from x ~ N(0, I) at t = 1. N evaluations
-# are N − 1 steps and, at t_min, the denoised x̂0 = (x − σ ε̂)/α.
+# Both start from x ~ N(0, I) at t = 1 and evaluate eps_model(x_t, t) -> ε̂ at N scalar times, for
+# N − 1 steps and, at t_min, the denoised x̂0 = (x − σ ε̂)/α.
 
-def ddim(eps_model, x, sde, steps):
+def ddim(eps_model, x, sde, evaluations):
     """DDIM (J. Song et al. 2021, Eq. 12 with η = 0). x: (B, ...) -> (B, ...).
 
     Its times are quadratic, as its authors had them for CIFAR-10: short steps where noise is low.
     """
-    t = torch.linspace(1, math.sqrt(sde.t_min), steps, device=x.device).square()  # (N,)
+    t = torch.linspace(1, math.sqrt(sde.t_min), evaluations, device=x.device).square()  # (N,)
     alpha, sigma = sde.alpha(t), sde.sigma(t)
-    for i in range(steps):
+    for i in range(evaluations):
         eps = eps_model(x, t[i])
         x0 = (x - sigma[i] * eps) / alpha[i]
-        if i + 1 < steps:
+        if i + 1 < evaluations:
             x = alpha[i + 1] * x0 + sigma[i + 1] * eps
     return x0
 
 
-def euler_maruyama(eps_model, x, sde, steps):
+def euler_maruyama(eps_model, x, sde, evaluations):
     """Euler–Maruyama on the reverse SDE, times uniform in log-SNR. x: (B, ...) -> (B, ...).
 
     dx = [−½ β x − β s_θ] dt + √β dw̄, backwards in t, with s_θ = −ε̂/σ (Y. Song et al. 2021). On a
     grid uniform in t the last step would leave noise of √(βh), a dozen grey levels at 50 steps.
     """
-    ell_1, ell_0 = sde.log_snr_ends()
-    t = sde.time_at(torch.linspace(ell_1, ell_0, steps, device=x.device))  # (N,)
-    for i in range(steps - 1):
+    ell_min, ell_max = sde.log_snr_ends()
+    t = sde.time_at(torch.linspace(ell_min, ell_max, evaluations, device=x.device))  # (N,)
+    for i in range(evaluations - 1):
         h, beta = t[i] - t[i + 1], sde.g2(t[i])
         score = -eps_model(x, t[i]) / sde.sigma(t[i])
         x = x + h * beta * (0.5 * x + score) + (h * beta).sqrt() * torch.randn_like(x)
@@ -197,6 +198,11 @@ def in_bf16(network, *inputs):
     if torch.is_tensor(out):
         return out.float()
     return tuple(part.float() for part in out)
+
+
+def with_dims(x, ndim):
+    """(B, ...) -> (B, ..., 1, 1), of ndim dimensions, to multiply what has more of them."""
+    return x.view(*x.shape, *[1] * (ndim - x.ndim))
 
 
 class Diffusion(nn.Module):
@@ -229,10 +235,6 @@ class Diffusion(nn.Module):
         self.weighting = weighting
         self.evaluations = evaluations
 
-    def over_pictures(self, t):
-        """(B,) -> (B, 1, ...), to multiply x."""
-        return t.view(-1, *[1] * len(self.shape))
-
     def predict_eps(self, x_t, z, t):
         """ε̂ = σ x_t + α v: the network's v is the velocity α ε − σ x. t: (B,) -> ε̂ like x_t.
 
@@ -240,7 +242,7 @@ class Diffusion(nn.Module):
         are, starts (v = 0) as the exact denoiser of N(0, I), and keeps x̂0 finite at high noise.
         """
         v = in_bf16(self.net, x_t, self.sde.log_snr(t), z)
-        t = self.over_pictures(t)  # (B, 1, ...)
+        t = with_dims(t, x_t.ndim)  # (B, 1, ...)
         return self.sde.sigma(t) * x_t + self.sde.alpha(t) * v
 
     def error(self, x, z, t, eps):
@@ -249,20 +251,22 @@ class Diffusion(nn.Module):
         The step from Eq. 2's scores to noise: ∇ log q(x_t|x) = −ε/σ and s_θ = −ε̂/σ, so that
         ‖∇ log q − s_θ‖² = ‖ε − ε̂‖²/σ².
         """
-        t_ = self.over_pictures(t)
-        x_t = self.sde.alpha(t_) * x + self.sde.sigma(t_) * eps
+        alpha = with_dims(self.sde.alpha(t), x.ndim)  # (B, 1, ...)
+        sigma = with_dims(self.sde.sigma(t), x.ndim)
+        x_t = alpha * x + sigma * eps
         return (eps - self.predict_eps(x_t, z, t)).square().flatten(1).sum(1)
 
     def draw_times(self, n, device):
         """(n,) times, each uniform on [t_min, 1] in what the table says."""
-        ell_1, ell_0 = self.sde.log_snr_ends()  # at t = 1, at t_min
+        ell_min, ell_max = self.sde.log_snr_ends()  # at t = 1, at t_min
         u = stratified(n, device)
         if self.weighting == "likelihood":
-            return self.sde.time_at(ell_1 + (ell_0 - ell_1) * u)
+            return self.sde.time_at(ell_min + (ell_max - ell_min) * u)
         if self.weighting == "simple":
             return self.sde.t_min + (1 - self.sde.t_min) * u
-        phi_0, phi_1 = (math.atan(math.exp(-ell / 2)) for ell in (ell_0, ell_1))  # tan φ = σ/α
-        phi = phi_0 + (phi_1 - phi_0) * u
+        phi_min = math.atan(math.exp(-ell_max / 2))  # tan φ = σ/α = e^(−ℓ/2)
+        phi_max = math.atan(math.exp(-ell_min / 2))
+        phi = phi_min + (phi_max - phi_min) * u
         return self.sde.time_at(-2 * phi.tan().log())  # ℓ = log α²/σ² = −2 log tan φ
 
     def log_prob(self, x, z=None, t=None, eps=None):
@@ -283,33 +287,35 @@ class Diffusion(nn.Module):
     def bound(self, x, error):
         """b(x, z) of Eq. 2 with λ = g², given ‖ε − ε̂‖² at times uniform in log-SNR: (B,) -> (B,).
 
-        b = −KL(q(x_1|x) ‖ N(0, I)) + E log N(x; x_t0/α, σ²/α² I) − ½ ∫ g²/σ² E‖ε − ε̂‖² dt
+        b = −KL(q(x_t|x) ‖ N(0, I)) at t = 1
+            + E log N(x; x_t/α, σ²/α² I) at t = t_0
+            − ½ ∫ g²/σ² E‖ε − ε̂‖² dt from t_0 to 1
 
-        The integral, from t0 = t_min to 1, is Eq. 2. Since g²/σ² = −dℓ/dt it is (ℓ(t0) − ℓ(1))
-        times the mean error over times uniform in ℓ. The second term needs no network: x − x_t0/α
-        is noise of just that variance, so it is −½ (1 + log 2π σ²/α²) a dimension.
+        The integral is Eq. 2. Since g²/σ² = −dℓ/dt it is (ℓ(t_0) − ℓ(1)) times the mean error over
+        times uniform in ℓ. The second term needs no network: x − x_t/α is noise of just that
+        variance, so it is −½ (1 + log 2π σ²/α²) a dimension.
         Deviation: Eq. 5 leaves out the first two terms and adds the third, where it must subtract.
         """
-        ell_1, ell_0 = self.sde.log_snr_ends()
-        one = x.new_ones(())
-        mean_1 = self.sde.alpha(one) * x.flatten(1)  # (B, d)
-        logvar_1 = 2 * self.sde.sigma(one).log()
-        prior = kl_divergence(mean_1, logvar_1)  # (B,)
-        reconstruction = -0.5 * mean_1.shape[1] * (1 + math.log(2 * math.pi) - ell_0)
-        score_matching = 0.5 * (ell_0 - ell_1) * error  # (B,)
+        ell_min, ell_max = self.sde.log_snr_ends()
+        end = x.new_ones(())  # t = 1
+        mean = self.sde.alpha(end) * x.flatten(1)  # (B, d)
+        logvar = 2 * self.sde.sigma(end).log()
+        prior = kl_divergence(mean, logvar)  # (B,)
+        reconstruction = -0.5 * mean.shape[1] * (1 + math.log(2 * math.pi) - ell_max)
+        score_matching = 0.5 * (ell_max - ell_min) * error  # (B,)
         return reconstruction - prior - score_matching
 
     @torch.no_grad()
-    def sample(self, z=None, n=None, noise=None, sampler=None, steps=None):
-        """x ~ p(x|z), one for each row of z, (B, D), or n without z. noise: x_1, (B, *shape);
-        steps: evaluations of the network, at least 1."""
-        default_sampler, default_steps = self.samplers[self.weighting]
+    def sample(self, z=None, n=None, noise=None, sampler=None, evaluations=None):
+        """x ~ p(x|z), one for each row of z, (B, D), or n without z. noise: x_t at t = 1,
+        (B, *shape); evaluations: of the network, at least 1."""
+        default_sampler, default_evaluations = self.samplers[self.weighting]
         if sampler is None:
             sampler = default_sampler
-        if steps is None:
-            steps = default_steps if self.evaluations is None else self.evaluations
-        if steps < 1:
-            raise ValueError(f"{steps} steps: give at least 1")
+        if evaluations is None:
+            evaluations = self.evaluations or default_evaluations
+        if evaluations < 1:
+            raise ValueError(f"{evaluations} evaluations: give at least 1")
         if noise is None:
             device = next(self.parameters()).device if z is None else z.device
             noise = torch.randn(n if z is None else len(z), *self.shape, device=device)
@@ -317,7 +323,7 @@ class Diffusion(nn.Module):
         def eps_model(x_t, t):
             return self.predict_eps(x_t, z, t.expand(len(x_t)))
 
-        return sampler(eps_model, noise, self.sde, steps)
+        return sampler(eps_model, noise, self.sde, evaluations)
 
 
 # ---- 5  Networks (§4.1, §4.2) --------------------------------------------------------------------
@@ -327,7 +333,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 
 
 def group_norm(channels):
-    """At least four channels a group, at most 32 groups."""
+    """Four channels a group, or more where that would be over 32 groups."""
     return nn.GroupNorm(math.gcd(32, max(1, channels // 4), channels), channels)
 
 
@@ -389,8 +395,8 @@ class ResBlock(nn.Module):
     def forward(self, x, e=None):
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))
         if e is not None:
-            e = self.modulation(e)  # (B, 2 c_out)
-            scale, shift = e.view(*e.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
+            e = with_dims(self.modulation(e), x.ndim)  # (B, 2 c_out, 1, ...)
+            scale, shift = e.chunk(2, dim=1)
             h = (1 + scale) * h + shift
         return self.attention(self.skip(x) + self.conv2(self.dropout(F.silu(h))))
 
@@ -624,8 +630,8 @@ class FeedForward(nn.Module):
 
 @dataclass
 class ELBO:
-    """The terms of Eq. 5 for each example, averaged over the subsets. They are nats where every
-    decoder's log_prob is: not under the surrogates of Diffusion."""
+    """The terms of Eq. 5 for each example, averaged over the subsets. All are nats but those of a
+    Diffusion whose weighting is a surrogate."""
 
     log_prob: dict  # {modality: (B,)}, log p(x_i|z), or its bound where the decoder is a diffusion
     kl: torch.Tensor  # (B,), KL(q(z|x_A) ‖ p(z))
@@ -643,30 +649,40 @@ class ELBO:
         return {objective: self.total, **self.log_prob, "KL": self.kl}
 
 
-def mean_where(counts, values):
-    """The mean of values (B, S) over those that count, (B, S) bool -> (B,); 0 where none does."""
-    return (values * counts).sum(1) / counts.sum(1).clamp(min=1)
-
-
 def without_gaps(x, observed):
     """x with zeros for what is not observed: nothing of that, NaN or other, goes on from here."""
     filled = dict(x)
     for name in x.keys() & observed.keys():
-        there = observed[name].view(-1, *[1] * (x[name].ndim - 1))  # (B, 1, ...)
+        there = with_dims(observed[name], x[name].ndim)  # (B, 1, ...)
         filled[name] = torch.where(there, x[name], 0)
     return filled
 
 
-def remaining(family, there):
-    """A ∩ observed, for A in family, (S, M), and what of each example is there, (B, M); all bool.
+def observed_subsets(family, there):
+    """A ∩ observed for each A and each example: family (S, M), there (B, M), all bool.
 
-    Returns (B, S, M), and which of them count, (B, S): not those of which nothing is left (an A
-    that was empty from the start counts). In their place stands all that is there, since the
-    product of nobody cannot be computed; mean_where then leaves it out.
+    Returns subsets (B, S, M), and which are valid, (B, S). An A of which nothing is observed is
+    not; in its place stands all that is, so that there is a product to compute, and the averages
+    leave it out. (The empty A, which the prior expert allows, is valid.)
     """
     present = family & there[:, None]  # (B, S, M)
-    counts = present.any(-1) | ~family.any(-1)  # (B, S)
-    return torch.where(counts[..., None], present, there[:, None]), counts
+    valid = present.any(-1) | ~family.any(-1)  # (B, S)
+    return torch.where(valid[..., None], present, there[:, None]), valid
+
+
+def mean_of_valid(values, valid):
+    """Σ_A ω_A values_A, ω_A uniform over the valid A: (B, S) twice -> (B,); 0 where none is."""
+    return (values * valid).sum(1) / valid.sum(1).clamp(min=1)
+
+
+def draw_valid(valid):
+    """One of the valid A for each example, all alike likely: (B, S) bool -> its index, (B,).
+
+    Valid 1 0 1 1 have the numbers 1 1 2 3; k = 1 draws the first number above 1, at index 2.
+    """
+    number = valid.cumsum(1)  # (B, S)
+    k = (valid.sum(1) * stratified(len(valid), valid.device)).long()  # (B,)
+    return (number > k[:, None]).int().argmax(1)  # the first that is
 
 
 class DiffMVAE(nn.Module):
@@ -732,22 +748,22 @@ class DiffMVAE(nn.Module):
         """KL(q(z|x_A) ‖ p(z)) of the products (B, S, D); the experts (B, M, D) are for MVTCAE."""
         return kl_divergence(mu, logvar)  # (B, S)
 
-    def reconstruction(self, decoder, x, z, counts, exact):
-        """Σ_A ω_A E log p(x|z_A), or an unbiased estimate: z: (B, S, D), counts: (B, S) -> (B,).
+    def reconstruction(self, decoder, x, z, valid, exact):
+        """Σ_A ω_A E log p(x|z_A), or an unbiased estimate: z: (B, S, D), valid: (B, S) -> (B,).
 
         Cheap decoders decode every subset; the others, if not exact, one, drawn for each example.
         """
         batch, size, _ = z.shape
         if exact:
-            each = [decoder.log_prob(x, z[:, s]) for s in range(size)]
-            return mean_where(counts, torch.stack(each, dim=1))
+            each = [decoder.log_prob(x, z[:, k]) for k in range(size)]
+            return mean_of_valid(torch.stack(each, dim=1), valid)
         if getattr(decoder, "every_subset", False):
             x = x.repeat_interleave(size, dim=0)  # (B S, ...)
-            return mean_where(counts, decoder.log_prob(x, z.flatten(0, 1)).view(batch, size))
-        k = (counts.sum(1) * stratified(batch, z.device)).long()  # (B,) uniform on 0 .. number − 1
-        drawn = (counts.cumsum(1) > k[:, None]).int().argmax(1)  # (B,) the k-th that counts
-        log_prob = decoder.log_prob(x, z[torch.arange(batch, device=z.device), drawn])
-        return torch.where(counts.any(1), log_prob, 0)  # as mean_where, 0 where none counts
+            each = decoder.log_prob(x, z.flatten(0, 1)).view(batch, size)
+            return mean_of_valid(each, valid)
+        rows = torch.arange(batch, device=z.device)
+        log_prob = decoder.log_prob(x, z[rows, draw_valid(valid)])  # (B,)
+        return torch.where(valid.any(1), log_prob, 0)
 
     def elbo(self, x, observed=None, A=None, exact=False):
         """Eq. 5 for x, {name: (B, ...)}: each decoder runs once, the KL is exact.
@@ -763,14 +779,14 @@ class DiffMVAE(nn.Module):
         family = self.subsets if A is None else A[None].to(self.subsets)  # (S, M)
         experts = self.experts({name: x[name] for name in self.encoders}, observed)
         expert_mu, expert_logvar, there = experts  # (B, M, D) twice, (B, M)
-        present, counts = remaining(family, there)  # (B, S, M), (B, S)
+        present, valid = observed_subsets(family, there)  # (B, S, M), (B, S)
         mu, logvar = self.fuse(expert_mu[:, None], expert_logvar[:, None], present)  # (B, S, D)
         divergence = self.divergence(mu, logvar, expert_mu, expert_logvar)  # (B, S)
-        kl = mean_where(counts, divergence)  # (B,)  Σ_A ω_A KL(q(z|x_A) ‖ p(z))
+        kl = mean_of_valid(divergence, valid)  # (B,)  Σ_A ω_A KL(q(z|x_A) ‖ p(z))
         z = sample_gaussian(mu, logvar)  # (B, S, D)
         log_prob = {}
         for name, decoder in self.decoders.items():
-            term = self.reconstruction(decoder, x[name], z, counts, exact)  # (B,)
+            term = self.reconstruction(decoder, x[name], z, valid, exact)  # (B,)
             log_prob[name] = torch.where(observed[name], term, 0) if name in observed else term
         return ELBO(log_prob, kl, self.beta, self.weights)
 
@@ -813,9 +829,10 @@ class MVTCAE(DiffMVAE):
 # ---- 7  Latent prior (§3.4) ----------------------------------------------------------------------
 
 class LatentPrior(Diffusion):
-    """ε-matching (Eq. 1) on z_0 ~ q(z|x) = ∏_i q(z|x_i): where unconditional z come from.
+    """A diffusion on z_0 ~ q(z|x) = ∏_i q(z|x_i): where unconditional z come from.
 
-    It is trained after the model, on the finished encoders. shape: how the D latents are laid out
+    It is trained after the model, on the finished encoders. Deviation: the default is the weighting
+    "velocity", the paper's is Eq. 1, "simple". shape: how the D latents are laid out
     for net, (D,) for a ResidualMLP, and for the paper's UNets (1, 16, 16) (CelebA), (1, 768) (CUB).
     Deviation: z is standardised; otherwise its scale would not fit the fixed noise schedule.
     """
@@ -983,8 +1000,12 @@ class Trainee:
         return norm
 
     def parts(self):
-        """What a checkpoint holds."""
+        """All that changes in training."""
         return {"model": self.model, "averaged": self.averaged, "optimizer": self.optimizer}
+
+    def state(self):
+        """Of the parts, for a checkpoint."""
+        return {name: part.state_dict() for name, part in self.parts().items()}
 
 
 def save_history(checkpoint, history):
@@ -1009,19 +1030,19 @@ def resume(path, settings, trainee):
     return state["step"], state["seconds"], state["history"]
 
 
-def fit(model, terms, objective, num_examples, steps, batch_size, rates, s, stage, data="",
+def fit(model, terms, objective, num_examples, steps, batch_size, rates, s, stage, contents="",
         held_out=None, preview=None):
     """Train model with Adam; return its moving average, the model from then on, and the seconds.
 
     terms(indices) -> {name: (B,)}, named terms of a batch; that named objective is maximised, all
-    are shown. rates: [(module, learning rate)]. stage names the checkpoint; data is what it must
-    have been trained on. At each checkpoint held_out(averaged), a float, joins the history, and
-    preview(averaged) follows. From a checkpoint training goes on and ends as if never interrupted:
-    a step draws all its randomness from (seed, stage, step).
+    are shown. rates: [(module, learning rate)]. stage names the checkpoint; contents, a checksum,
+    what it must have been trained on. At each checkpoint held_out(averaged), a float, joins the
+    history, and preview(averaged) follows. From a checkpoint training goes on and ends as if never
+    interrupted: a step draws all its randomness from (seed, stage, step).
     """
     path = Path(s.out) / f"{stage}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {**s.fixed(stage), "examples": data}
+    settings = {**s.fixed(stage), "examples": contents}
     trainee = Trainee(model, rates, s.ema)
     step, seconds, history = resume(path, settings, trainee)
     interval, reading = max(INTERVAL, steps // 100), max(READING, steps // 500)
@@ -1037,20 +1058,20 @@ def fit(model, terms, objective, num_examples, steps, batch_size, rates, s, stag
             sums.add(named)
             step += 1
             bar.update()
-            due = stopped.is_set() or step == steps or step % interval == 0
-            if not due and step % reading > 0:
+            at_checkpoint = stopped.is_set() or step == steps or step % interval == 0
+            at_reading = at_checkpoint or step % reading == 0
+            if not at_reading:
                 continue
             seconds = time.monotonic() - started
             means = sums.means(step, path)
             bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
             row = {"step": step, "seconds": round(seconds, 2), **means}
+            if at_checkpoint and held_out is not None:
+                row[f"held-out {objective}"] = held_out(trainee.averaged)
             history.append(row)
-            if due:
-                if held_out is not None:
-                    row[f"held-out {objective}"] = held_out(trainee.averaged)
-                state = {"step": step, "seconds": seconds, "settings": settings, "history": history}
-                states = {name: part.state_dict() for name, part in trainee.parts().items()}
-                save_checkpoint(path, {**state, **states})
+            if at_checkpoint:
+                about = {"step": step, "seconds": seconds, "settings": settings, "history": history}
+                save_checkpoint(path, {**about, **trainee.state()})
                 save_history(path, history)
                 if stopped.is_set():
                     raise KeyboardInterrupt(f"stopped after step {step}, saved in {path}: run it "
@@ -1160,10 +1181,8 @@ def save_curves(path, history, width=600, height=120):
 # ---- 10  What both scripts share: settings, networks, both stages of training, tables, files -----
 
 def option(help, drawn, real=None, least=0, most=math.inf, **flag):
-    """A setting that is also a flag: help, defaults for drawn and (if others) for real data, ends.
-
-    flag: what else argparse needs of it, such as choices.
-    """
+    """A setting that is also a flag: help, defaults for drawn and (if others) for real data, the
+    least and the most that it may be; flag: what else argparse needs of it, such as choices."""
     real = drawn if real is None else real
     if drawn not in (None, "", []):
         note = f"default: {drawn}" if drawn == real else f"default: {drawn} drawn, {real} real"
@@ -1179,16 +1198,17 @@ class Settings:
 
     data: str = option("folder of the real data; without it data are drawn", "")
     export: str = option("folder for PNGs of real and generated pictures, as for FID", "")
-    report: str = option("folders of finished runs: print their tables and stop", [], nargs="+")
+    report: list = option("folders of finished runs: print their tables and stop", [], nargs="+",
+                          type=str)
     seed: int = option("seed of all randomness", 0)
     device: str = option("cuda, mps or cpu", "cuda" if torch.cuda.is_available() else "cpu")
     weighting: str = option("likelihood: Diff-MVAE, a bound; the others: Diff-MVAE*", "velocity",
                             "simple", choices=tuple(Diffusion.samplers))
-    family: str = option("which subsets are drawn; mvtcae: that baseline", "mopoe",
+    family: str = option("subsets that are trained; mvtcae: that objective", "mopoe",
                          choices=("mopoe", "mvae", "mmvae", "mvtcae"))
     decoder: str = option("of images; feedforward: baseline MoPoE*", "diffusion",
                           choices=("diffusion", "feedforward"))
-    beta: float = option("weight of the KL (default: 1 for a bound, or 0.01)", None)
+    beta: float = option("weight of the KL (default: 1 where all is in nats, or 0.01)", None)
     observed: float = option("share of the training examples that have more than a picture", 1.0,
                              most=1)
     gaps: bool = option("take real data that lack something, too", False,
@@ -1210,8 +1230,8 @@ class Settings:
                               None, least=1)
     measured: int = option("pictures generated of each kind for the tables", 256, 6000, least=2)
 
-    free = ("out", "export", "report", "device", "evaluations", "measured")  # weights are the same
-    surrogate_weight = 1.0  # of what is no picture, where the picture's term has no scale
+    free = ("out", "export", "report", "device", "evaluations", "measured")  # may change in a run
+    surrogate_weight = 1.0  # default weight where the picture's term is a surrogate, not nats
 
     def __post_init__(self):
         for setting in fields(self):
@@ -1232,7 +1252,7 @@ class Settings:
         for setting in fields(cls):
             flag = {"help": setting.metadata["help"], **setting.metadata["flag"]}
             if "action" not in flag:
-                flag["type"] = setting.type
+                flag.setdefault("type", setting.type)
             parser.add_argument(flag_name(setting), default=None, **flag)
         return cls(**vars(parser.parse_args()))
 
@@ -1248,7 +1268,8 @@ class Settings:
 
     @property
     def method(self):
-        """The paper's name of it: a star where the loss, or only the settings, are Diff-MVAE*'s."""
+        """A name as in the paper's tables. The star of a baseline says: with the networks of
+        Diff-MVAE*, as in the paper's MoPoE*."""
         if self.decoder == "feedforward":
             names = {"mopoe": "MoPoE*", "mvae": "MVAE*", "mmvae": "MMVAE*", "mvtcae": "MVTCAE*"}
             return names[self.family]
@@ -1303,7 +1324,8 @@ def check_usable(s):
 
 @contextmanager
 def alone_in(folder):
-    """Keep other runs out of a folder. The lock is the system's: it ends with the process."""
+    """Keep other runs out of a folder by SQLite's lock, which all systems have, and which ends with
+    the process, however that ends."""
     path = Path(folder) / "lock"
     try:
         lock = sqlite3.connect(path, timeout=0, isolation_level=None)
@@ -1410,35 +1432,49 @@ def complete(data, observed):
     return {name: x[rows] for name, x in data.items()}
 
 
-def labelled(s, data, observed, names):
-    """Data on s.device, and what of the training examples is observed, {name: (N,) bool}.
+def hide_labels(s, n, observed, names):
+    """What is observed of n examples if only a share s.observed of them, by s.seed, keeps names."""
+    if s.observed == 1:
+        return observed
+    ranks = torch.randperm(n, generator=torch.Generator().manual_seed(s.seed))
+    kept = ranks < round(s.observed * n)
+    return {name: kept & observed.get(name, kept) for name in names}
 
-    By s.observed, examples drawn with s.seed lose names. Test examples with gaps are left out, as
-    nothing can be measured against a gap; so are training examples for Supervised.
+
+def only_gaps(observed):
+    """Without the names that every example has."""
+    return {name: there for name, there in observed.items() if not there.all()}
+
+
+def prepare(s, data, observed, names):
+    """What to train on and what to measure on, on s.device.
+
+    data: {"train" | "test": {name: (N, ...)}}, observed: {"train" | "test": {name: (N,) bool}}.
+    Returns data; what of the training examples the model may see, {name: (N,) bool}; and those of
+    them that the data set has whole. Test examples with gaps are left out, as nothing can be
+    measured against a gap; so are training examples for Supervised.
     """
-    flags = dict(observed.get("train", {}))
-    whole = {split: complete(data[split], observed.get(split, {})) for split in data}
-    if s.observed < 1:
-        n = len(data["train"]["image"])
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(s.seed))
-        kept = order < round(s.observed * n)
-        flags = {name: kept & flags.get(name, kept) for name in names}
-    flags = {name: there for name, there in flags.items() if not there.all()}
-    data = {"train": data["train"], "test": whole["test"]}
+    gaps = {split: only_gaps(observed.get(split, {})) for split in data}
+    train, test = data["train"], complete(data["test"], gaps["test"])
+    whole = complete(train, gaps["train"])
+    seen = only_gaps(hide_labels(s, len(train["image"]), gaps["train"], names))
     if s.decoder == "none":
-        data["train"] = whole["train"] = complete(data["train"], flags)
-        flags = {}
-    if flags and s.family == "mvtcae":
+        train, seen = complete(train, seen), {}
+    if seen and s.family == "mvtcae":
         raise InputError("--family mvtcae is defined for complete examples: leave out --observed "
                          "and --gaps")
-    for split, part in whole.items():
+    for purpose, part in (("train", train), ("train", whole), ("test", test)):
         n = len(part["image"])
         if n < 2:  # no covariance, which the tables need
-            raise InputError(f"{n} examples to {split} lack nothing, where at least 2 are needed: "
-                             "get more data")
-    for split, part in data.items():
-        data[split] = {name: x.to(s.device) for name, x in part.items()}
-    return data, {name: there.to(s.device) for name, there in flags.items()}
+            raise InputError(f"{n} examples to {purpose} lack nothing, where at least 2 are "
+                             "needed: get more data")
+    data = {"train": on_device(train, s), "test": on_device(test, s)}
+    return data, on_device(seen, s), on_device(whole, s)
+
+
+def on_device(tensors, s):
+    """{name: tensor} on s.device."""
+    return {name: x.to(s.device) for name, x in tensors.items()}
 
 
 def mirrored(x):
@@ -1489,8 +1525,9 @@ def train(s, data, observed, model, prior, batch, preview):
     for decoder in model.decoders.values():
         rates.append((decoder, s.rate if isinstance(decoder, Diffusion) else s.vae_rate))
     contents = checksum({**data["train"], **{f"{k} observed": v for k, v in observed.items()}})
-    model, seconds = fit(model, model_terms, objective, n, s.steps, s.batch_size, rates, s, "model",
-                         contents, held_out, preview)
+    model, seconds = fit(
+        model, model_terms, objective, n, s.steps, s.batch_size, rates, s, stage="model",
+        contents=contents, held_out=held_out, preview=preview)
     if prior is None:
         return model, None, {"model": seconds}
 
@@ -1503,14 +1540,18 @@ def train(s, data, observed, model, prior, batch, preview):
     def prior_terms(i):
         return {"surrogate": prior.log_prob(sample_gaussian(mu[i], logvar[i]))}
 
-    prior, prior_seconds = fit(prior, prior_terms, "surrogate", n, s.prior_steps, s.prior_batch,
-                               [(prior, s.prior_rate)], s, "prior", contents)
+    prior, prior_seconds = fit(
+        prior, prior_terms, "surrogate", n, s.prior_steps, s.prior_batch, [(prior, s.prior_rate)],
+        s, stage="prior", contents=contents)
     return model, prior, {"model": seconds, "prior": prior_seconds}
 
 
-def load_run(out, settings, build, device="cpu"):
-    """(model, prior) that a finished run left in the folder out, ready to use: settings(**saved)
-    makes its settings, and build(settings) the pair untrained; Supervised has no prior."""
+def load_run(out, make_settings, build, device="cpu"):
+    """(model, prior) that a finished run left in the folder out, ready to use.
+
+    make_settings(**saved) makes its settings, and build(settings) the pair untrained; Supervised
+    has no prior.
+    """
     states = {"model": read_checkpoint(Path(out) / "model.pt")}
     if states["model"]["settings"]["decoder"] != "none":
         states["prior"] = read_checkpoint(Path(out) / "prior.pt")
@@ -1518,9 +1559,10 @@ def load_run(out, settings, build, device="cpu"):
         steps = state["settings"]["steps" if stage == "model" else "prior_steps"]
         if state["step"] < steps:
             raise InputError(f"{out} is not finished: run it again")
-    saved = dict(list(states.values())[-1]["settings"], device=device)  # the later has them all
+    latest = states.get("prior", states["model"])  # only the prior's has the settings prior_…
+    saved = {**latest["settings"], "device": device}
     del saved["examples"]
-    model, prior = build(settings(**saved))
+    model, prior = build(make_settings(**saved))
     for stage, part in (("model", model), ("prior", prior)):
         if part is not None:
             restore(Path(out) / f"{stage}.pt", part, states[stage]["averaged"])
@@ -1554,11 +1596,16 @@ def unconditional(model, prior, training):
 
 def nats(model, test, batch):
     """Eq. 5's terms averaged over test, and the image's in bits per dimension."""
-    each = in_batches(lambda x: model.full_elbo(batch(x)).terms().values(), test, "ELBO", 32)
-    named = dict(zip(["ELBO", *model.decoders, "KL"], (term.mean().item() for term in each)))
-    bits = named["image"] / test["image"][0].numel() / math.log(2)  # of a density on [−1, 1],
-    named["image, bits per dimension"] = math.log2(127.5) - bits  # where a grey level is 1/127.5
-    return {term: {"nats": value} for term, value in named.items()}
+    def terms(x):
+        return model.full_elbo(batch(x)).terms().values()
+
+    names = ["ELBO", *model.decoders, "KL"]  # in the order of ELBO.terms
+    each = in_batches(terms, test, "ELBO", 32)
+    means = {name: term.mean().item() for name, term in zip(names, each, strict=True)}
+    log2_density = means["image"] / test["image"][0].numel() / math.log(2)  # of a dimension
+    # A grey level is 1/127.5 wide on [−1, 1], so −log2 p(level) = log2 127.5 − log2 density.
+    means["image, bits per dimension"] = math.log2(127.5) - log2_density
+    return {term: {"nats": value} for term, value in means.items()}
 
 
 # Tables, and the files of a run
@@ -1591,31 +1638,37 @@ def read_results(path, settings):
                          "it out") from problem
 
 
-def check_comparable(path, s, first):
-    """Refuse a run that cannot stand in one table with those whose marks are in first."""
-    marks = {
-        "--data or --size": (s.data, s.size),
-        f"more than {s.method}'s --seed": {**s.fixed("prior"), "seed": None},
-    }
-    if getattr(s, "judge", ""):
-        marks["--judge or --measured"] = (s.judge, s.measured)
-    for what, value in marks.items():
-        if what in first and first[what] != value:
-            raise InputError(f"{path} differs from a run before it in {what}: leave it out")
-        first[what] = value
-    if (s.method, s.seed) in first:
-        raise InputError(f"{path} is one more {s.method} of --seed {s.seed}: leave it out")
-    first[s.method, s.seed] = path
+def check_comparable(path, s, other):
+    """Refuse the run in path if it cannot stand in one table with another; both are Settings."""
+    differ = ""
+    if (s.data, s.size) != (other.data, other.size):
+        differ = "--data or --size"
+    elif judged_by(s) and judged_by(other) and judged_by(s) != judged_by(other):
+        differ = "--judge or --measured"
+    elif s.method == other.method:
+        if {**s.fixed("prior"), "seed": 0} != {**other.fixed("prior"), "seed": 0}:
+            differ = f"more than {s.method}'s --seed"
+        elif s.seed == other.seed:
+            raise InputError(f"{path} is one more {s.method} of --seed {s.seed}: leave it out")
+    if differ:
+        raise InputError(f"{path} differs from a run before it in {differ}: leave it out")
+
+
+def judged_by(s):
+    """By whom, and on how many pictures; None without a judge."""
+    return (s.judge, s.measured) if getattr(s, "judge", "") else None
 
 
 def report(s):
     """The tables of the runs s.report, turned: {measure: {method: {given: [one a seed]}}}."""
-    tables, first = {}, {}
+    tables, runs = {}, []
     for folder in s.report:
         path = Path(folder) / "results.json"
         of_run, found = read_results(path, type(s))
         check_finite(path, found)
-        check_comparable(path, of_run, first)
+        for other in runs:
+            check_comparable(path, of_run, other)
+        runs.append(of_run)
         for title, given, measure, value in entries(found):
             methods = tables.setdefault(f"{title}: {measure}", {})
             row = methods.setdefault(of_run.method, {})

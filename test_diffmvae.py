@@ -476,21 +476,21 @@ def test_each_weighting_samples_with_its_own_sampler():
     assert random.shape == (2, 1) and not random.requires_grad and len(calls) == 100
     assert not torch.equal(bound.sample(z, noise=noise), bound.sample(z, noise=noise))  # random
     calls.clear()
-    quick = bound.sample(z, noise=noise, sampler=dm.ddim, steps=3)
+    quick = bound.sample(z, noise=noise, sampler=dm.ddim, evaluations=3)
     assert len(calls) == 3 and not quick.requires_grad
-    assert_close(quick, simple.sample(z, noise=noise, steps=3))
+    assert_close(quick, simple.sample(z, noise=noise, evaluations=3))
     calls.clear()
     dm.Diffusion(simple.net, (1,), sde, "simple", evaluations=7).sample(z)
     assert len(calls) == 7
-    with pytest.raises(ValueError, match="0 steps: give at least 1"):
-        simple.sample(z, steps=0)
+    with pytest.raises(ValueError, match="0 evaluations: give at least 1"):
+        simple.sample(z, evaluations=0)
     with pytest.raises(ValueError, match="likelihood.*simple"):
         diffusion(eps, (1,), sde, "uniform")
 
 
 def test_no_evaluation_draws_nothing():
-    with pytest.raises(ValueError, match="0 steps: give at least 1"):
-        diffusion(gaussian_eps(0.0, 1.0), (1,), SDES[0]).sample(n=2, steps=0)
+    with pytest.raises(ValueError, match="0 evaluations: give at least 1"):
+        diffusion(gaussian_eps(0.0, 1.0), (1,), SDES[0]).sample(n=2, evaluations=0)
 
 
 # ---- 5  Networks ---------------------------------------------------------------------------------
@@ -986,7 +986,7 @@ def test_latent_prior_standardises():
     assert_close(prior.mean, z.mean(0), rtol=0.02, atol=0.05)
     assert_close(prior.std, z.std(0), rtol=0.02, atol=0)
     assert (prior.evaluations, prior.weighting) == (50, "velocity")
-    samples = prior.sample(20_000, noise=torch.randn(20_000, 1, 4), steps=200)
+    samples = prior.sample(20_000, noise=torch.randn(20_000, 1, 4), evaluations=200)
     assert samples.shape == (20_000, 4)
     assert_close(samples.mean(0), prior.mean, atol=0.12, rtol=0)
     assert_close(samples.std(0), prior.std, rtol=0.05, atol=0)
@@ -1422,37 +1422,38 @@ def test_save_curves(tmp_path):
 def test_share_of_the_examples_that_have_more_than_a_picture(quick):
     data, even = celeba.draw_faces(16), torch.arange(40) % 2 == 0
 
-    def labelled(gaps={}, names=celeba.OTHERS, **options):
-        parts, seen = dm.labelled(tiny(**options), data, {"train": gaps}, names)
+    def prepared(gaps={}, names=celeba.OTHERS, **options):
+        parts, seen, whole = dm.prepare(tiny(**options), data, {"train": gaps}, names)
+        assert len(whole["mask"]) == (gaps["mask"].sum() if gaps else 40)  # labels hidden or not
         assert all(torch.equal(parts["test"][k], x) for k, x in data["test"].items())
         return parts["train"], seen
 
-    part, seen = labelled(observed=0.1)
+    part, seen = prepared(observed=0.1)
     kept = seen["mask"]
     assert list(seen) == ["mask", "attributes"] and torch.equal(kept, seen["attributes"])
     assert kept.sum() == 4 and all(torch.equal(part[k], x) for k, x in data["train"].items())
-    assert torch.equal(labelled(observed=0.1, steps=9)[1]["mask"], kept)
-    assert not torch.equal(labelled(observed=0.1, seed=1)[1]["mask"], kept)
-    assert torch.equal(labelled(observed=0.1, names=["caption"])[1]["caption"], kept)
-    _, seen = labelled({"mask": even}, observed=0.1)
+    assert torch.equal(prepared(observed=0.1, steps=9)[1]["mask"], kept)
+    assert not torch.equal(prepared(observed=0.1, seed=1)[1]["mask"], kept)
+    assert torch.equal(prepared(observed=0.1, names=["caption"])[1]["caption"], kept)
+    _, seen = prepared({"mask": even}, observed=0.1)
     assert torch.equal(seen["mask"], kept & even) and torch.equal(seen["attributes"], kept)
-    assert labelled()[1] == labelled({"mask": even | ~even})[1] == {}
-    part, seen = labelled(observed=0.1, decoder="none")  # Supervised needs all of an example
+    assert prepared()[1] == prepared({"mask": even | ~even})[1] == {}
+    part, seen = prepared(observed=0.1, decoder="none")  # Supervised needs all of an example
     assert seen == {} and all(torch.equal(part[k], x[kept]) for k, x in data["train"].items())
     with refused("^0 examples to train lack nothing"):
-        labelled(observed=0.01, decoder="none")
+        prepared(observed=0.01, decoder="none")
     with refused("^--family mvtcae is defined for complete examples: leave out"):
-        labelled({"mask": even}, family="mvtcae")
+        prepared({"mask": even}, family="mvtcae")
 
 
 def test_nothing_is_measured_against_a_gap(quick):
     data = celeba.draw_faces(16)
     has, images = torch.arange(12) % 3 == 0, data["test"]["image"]
-    parts, seen = dm.labelled(tiny(), data, {"test": {"mask": has}}, celeba.OTHERS)
+    parts, seen, _ = dm.prepare(tiny(), data, {"test": {"mask": has}}, celeba.OTHERS)
     assert seen == {} and {len(x) for x in parts["test"].values()} == {4}
     assert torch.equal(parts["test"]["image"], images[has])
     with refused("^1 examples to test lack nothing, where at least 2"):
-        dm.labelled(tiny(), data, {"test": {"mask": torch.arange(12) == 5}}, celeba.OTHERS)
+        dm.prepare(tiny(), data, {"test": {"mask": torch.arange(12) == 5}}, celeba.OTHERS)
 
 
 def test_modalities_that_are_never_seen_together(tmp_path, quick):
@@ -1701,9 +1702,9 @@ def test_too_few_examples_for_a_covariance_are_refused(there, options, message):
     data = {split: {name: torch.zeros(3) for name in ("image", "mask")}
             for split in ("train", "test")}
     observed = {split: {"mask": torch.tensor(flags).bool()} for split, flags in there.items()}
-    dm.labelled(tiny(), data, {}, ["mask"])
+    dm.prepare(tiny(), data, {}, ["mask"])
     with refused(message):
-        dm.labelled(tiny(**options), data, observed, ["mask"])
+        dm.prepare(tiny(**options), data, observed, ["mask"])
 
 
 def remove_mask(released):

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 import diffmvae
 from diffmvae import (
-    ConvDecoder, ConvEncoder, Encoder, FeedForward, InputError, bernoulli, complete, conv_widths,
-    decoded, export, f1_score, frechet_distance, image_networks, in_batches, infer, labelled,
-    latent_prior, load_run, main, mlp, multimodal, nats, open_picture, option, read_checkpoint,
-    read_lines, read_table, sample, save_grid, save_results, show, train, unconditional,
+    ConvDecoder, ConvEncoder, Encoder, FeedForward, InputError, bernoulli, conv_widths, decoded,
+    export, f1_score, frechet_distance, image_networks, in_batches, infer, latent_prior, load_run,
+    main, mlp, multimodal, nats, open_picture, option, prepare, read_checkpoint, read_lines,
+    read_table, sample, save_grid, save_results, show, train, unconditional,
 )
 
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
@@ -45,8 +45,8 @@ class Settings(diffmvae.Settings):
     weight: float = option("weight of log p(attributes|z) (default: 1 for a bound, or 10)", None)
     latent_dim: int = option("dimensions of z, an even number squared", 64, 256, least=1)
     channels: int = option("channels of the UNet at its first level", 32, 128, least=1)
-    multipliers: int = option("their multiple at each level", [1, 2], [1, 2, 2, 3, 4], least=1,
-                              nargs="+")
+    multipliers: list = option("their multiple at each level", [1, 2], [1, 2, 2, 3, 4], least=1,
+                               nargs="+", type=int)
     vae_rate: float = option("learning rate of the encoders and other decoders", 1e-3, 2e-4)
     judge: str = option("folder of a Supervised run, by which generated pictures are measured", "")
 
@@ -60,6 +60,7 @@ class Settings(diffmvae.Settings):
 
     @property
     def in_nats(self):
+        """Supervised has no image's term; the others are weighed as beside a surrogate."""
         return self.decoder != "none" and super().in_nats
 
     @property
@@ -268,8 +269,8 @@ def read_face(folder, k, size):
 
 def read_attributes(path):
     """{picture's number: [18 bools]} of the attribute file, which says which pictures there are."""
-    _, names = [*read_lines(path), "", ""][:2]
-    names = names.split()
+    lines = read_lines(path)
+    names = lines[1].split() if len(lines) > 1 else []
     missing = [name for name in ATTRIBUTES if name not in names]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}: take the file as released")
@@ -364,8 +365,8 @@ GIVEN = ["image", "mask + attributes", "mask", "attributes"]  # what pictures ar
 
 
 def table3(model, train, test):
-    """Table 3's F1, {given: {modality: score}}; given nothing, the best that ignores its input: a
-    thresholded mean over the training set."""
+    """Table 3's F1, {given: {modality: score}}; given nothing, the best that ignores its input: the
+    training set's mean, cut where that scores best on test."""
     x = batch(test)
     scores = {"both others": {}, "the image": {}, "nothing": {}}
     for target, other in (("attributes", "mask"), ("mask", "attributes")):
@@ -407,8 +408,8 @@ def judged(judge, made, real):
 
     features, (edges, grain) = see(real), contrasts(real)
     if edges == 0 or grain == 0:
-        raise InputError("the real pictures are flat, so that no sharpness can be measured: look at "
-                         "the data")
+        raise InputError("the real pictures are flat, so that no sharpness can be measured: look "
+                         "at the data")
     table = {}
     for given, (pictures, shown) in made.items():
         pictures = pictures.clamp(-1, 1)
@@ -460,8 +461,7 @@ def run(s):
         data, observed = read_faces(s.data, s.size, s.gaps)
     else:
         data, observed = draw_faces(s.size), {}
-    whole = complete(data["train"], observed.get("train", {}))
-    data, observed = labelled(s, data, observed, OTHERS)
+    data, observed, whole = prepare(s, data, observed, OTHERS)
     test = data["test"]
 
     def preview(averaged):
@@ -471,16 +471,16 @@ def run(s):
     model, prior, seconds = train(s, data, observed, model, prior, batch, preview)
     torch.manual_seed(s.seed)
     results = {"seconds": seconds, "tables": {"F1 given": table3(model, whole, test)}}
-    if s.is_bound and s.decoder != "none":
+    if s.is_bound:
         results["tables"]["Eq. 5"] = nats(model, test, batch)
     if prior is not None:
         n = slice(s.measured if judge or s.export else 10)
         x = batch(test, n)
-        training = {name: value.to(s.device) for name, value in batch(whole, n).items()}
+        training = batch(whole, n)
         started = time.monotonic()
         made = draw(Path(s.out) / "samples.png", model, x, prior, training)
-        drawn = len(x["image"]) * (len(made) - 1)
-        results["images sampled per second"] = drawn / (time.monotonic() - started)
+        sampled = len(x["image"]) * (len(made) - 1)
+        results["images sampled per second"] = sampled / (time.monotonic() - started)
         if judge:
             results["tables"]["pictures given"] = judged(judge, made, batch(test)["image"])
     save_results(s, results)

@@ -26,10 +26,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import diffmvae
 from diffmvae import (
-    InputError, complete, decoded, export, frechet_distance, image_networks, in_batches, in_bf16,
-    infer, labelled, latent_prior, load_run, main, multimodal, nats, open_picture, option,
-    read_lines, read_table, sample, save_grid, save_results, show, spread, train, unconditional,
-    why,
+    InputError, decoded, export, frechet_distance, image_networks, in_batches, in_bf16, infer,
+    latent_prior, load_run, main, multimodal, nats, open_picture, option, prepare, read_lines,
+    read_table, sample, save_grid, save_results, show, spread, train, unconditional, why,
 )
 
 
@@ -44,8 +43,8 @@ class Settings(diffmvae.Settings):
     weight: float = option("weight of log p(caption|z) (default: 1 for a bound, or 5)", None)
     latent_dim: int = option("dimensions of z, an even number", 64, 768, least=1)
     channels: int = option("channels of the UNet at its first level", 24, 128, least=1)
-    multipliers: int = option("their multiple at each level", [1, 2], [1, 2, 2, 4], least=1,
-                              nargs="+")
+    multipliers: list = option("their multiple at each level", [1, 2], [1, 2, 2, 4], least=1,
+                               nargs="+", type=int)
     vae_rate: float = option("learning rate of the encoders and of the caption's decoder", 5e-4,
                              5e-5)
     text: str = option("small: words, untrained; pretrained: from --bert and --gpt2", "small",
@@ -178,7 +177,7 @@ def read_birds(folder, size, gaps=False):
         if not lines and not gaps:
             raise InputError(f"{path} is missing or holds no caption: unpack the captions again, "
                              "or allow it by --gaps")
-        captions.append((lines * 10)[:10])  # where there are fewer than ten they are repeated
+        captions.append((lines * 10)[:10])  # ten: fewer are repeated, more are cut
 
     def read(name):
         return np.asarray(open_picture(images / name, "RGB").resize((size, size)))
@@ -220,7 +219,7 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.gpt2 = gpt2
         self.longest = longest
-        self.every_subset = every_subset  # GPT-2 at full size decodes one subset a step, not all
+        self.every_subset = every_subset  # not GPT-2 at full size: it decodes one subset a step
         c = gpt2.config
         self.memory = nn.Linear(latent_dim, c.n_layer * c.n_embd, bias=False)
         self.embedding = nn.Linear(latent_dim, c.n_embd, bias=False)
@@ -391,11 +390,13 @@ def spell(tokenizers, tokens):
 # ---- The two modalities --------------------------------------------------------------------------
 
 def tensors(birds, tokenizers, length):
-    """What draw_birds or read_birds gave: {split: {modality: (N, ...)}}, which have captions."""
+    """Birds of draw_birds or read_birds as {split: {modality: (N, ...)}}; and which of them have
+    captions, {split: {"caption": (N,) bool}}."""
     data, observed = {}, {}
     for split, (pictures, captions, _) in birds.items():
-        flat = [caption for ten in captions for caption in (ten if ten else [""] * 10)]
-        tokens = tokenise(tokenizers, flat, length)
+        filled = [ten if ten else [""] * 10 for ten in captions]
+        flat = [caption for ten in filled for caption in ten]
+        tokens = tokenise(tokenizers, flat, length)  # (10 N, 2, length)
         data[split] = {"image": pictures, "caption": tokens.unflatten(0, (-1, 10))}
         observed[split] = {"caption": torch.tensor([len(ten) > 0 for ten in captions])}
     return data, observed
@@ -410,9 +411,10 @@ def batch(data, i=slice(None)):
 
 
 def small_text_models(special, num_words):
-    """BERT and GPT-2 of two layers, untrained, with sinusoids for positions (Vaswani et al. 2017).
+    """BERT and GPT-2 of two layers, untrained, but for positions, which start as sinusoids in the
+    manner of Vaswani et al. (2017): by them neighbours find each other sooner.
 
-    special: {"pad_token_id": …}. Neighbours find each other sooner by sinusoids.
+    special: {"pad_token_id": …}.
     """
     sizes = {"vocab_size": num_words, "hidden_size": 128, "intermediate_size": 512,
              "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 128**-0.5,
@@ -596,8 +598,7 @@ def run(s):
         for end, words in zip(("in", "out"), tokenizers):
             words.save_pretrained(f"{s.out}/tokenizer-{end}")
     data, observed = tensors(birds, tokenizers, s.tokens)
-    whole = complete(data["train"], observed["train"])
-    data, observed = labelled(s, data, observed, ["caption"])
+    data, observed, whole = prepare(s, data, observed, ["caption"])
     model, prior = build(s, tokenizers)
 
     def preview(averaged):
@@ -608,7 +609,6 @@ def run(s):
     torch.manual_seed(s.seed)
     test = batch({**data["test"], "caption": data["test"]["caption"][:, :1]})
     training = batch(whole, slice(s.measured))
-    training = {name: x.to(s.device) for name, x in training.items()}
     tables, made = measure(s, model, prior, tokenizers, clip, test, training, birds["test"][2])
     if s.is_bound:
         tables["Eq. 5"] = nats(model, data["test"], batch)
