@@ -1122,12 +1122,16 @@ def to_bytes(pictures):
 
 def save_grid(path, rows, captions=None, side=64):
     """A PNG of rows {label: (n, 1 or 3, H, H) in [−1, 1]}, above captions {label: n strings}."""
-    captions = {} if captions is None else captions
     font, small = ImageFont.load_default(14), ImageFont.load_default(10)
     left = 12 + max(int(font.getlength(label)) for label in rows)
     own_side = next(iter(rows.values())).shape[-1]
     side = own_side * max(1, side // own_side)  # pixels are repeated a whole number of times
-    heights = {label: side + (72 if label in captions else 2) for label in rows}
+    texts, heights = {}, {}
+    for label in rows:
+        said = [] if captions is None else captions.get(label, [])
+        texts[label] = [textwrap.fill(caption, (side + 2) // 6) for caption in said]
+        lines = max((text.count("\n") + 1 for text in texts[label]), default=0)
+        heights[label] = side + 2 + 12 * lines
     longest = max(len(pictures) for pictures in rows.values())
     sheet = Image.new("RGB", (left + (side + 2) * longest, sum(heights.values())), "white")
     draw = ImageDraw.Draw(sheet)
@@ -1138,9 +1142,8 @@ def save_grid(path, rows, captions=None, side=64):
             x = left + (side + 2) * j
             picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(picture, (x, top))
-            if label in captions:
-                text = textwrap.fill(captions[label][j], (side + 2) // 6)
-                draw.multiline_text((x, top + side), text, "black", small, spacing=1)
+            if texts[label]:
+                draw.multiline_text((x, top + side), texts[label][j], "black", small, spacing=1)
         top += heights[label]
     sheet.save(path)
 
