@@ -891,8 +891,8 @@ def save_checkpoint(path, state):
                          "whole: make room, or take another folder") from problem
 
 
-def read_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU."""
+def read_checkpoint(path, *keys):
+    """What save_checkpoint wrote, a dict with these keys, on the CPU."""
     try:
         path.open("rb").close()
     except FileNotFoundError as problem:
@@ -900,11 +900,14 @@ def read_checkpoint(path):
     except OSError as problem:
         raise InputError(f"{path} cannot be opened ({why(problem)})") from problem
     try:
-        return torch.load(path, "cpu", weights_only=True, mmap=True)  # reads no more than is used
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)  # reads no more than is used
     except MemoryError:
         raise
     except Exception as problem:  # torch has no class for what is not, or not all of, a checkpoint
         raise InputError(f"{path} is damaged: remove it") from problem
+    if not isinstance(state, dict) or not set(keys) <= state.keys():
+        raise InputError(f"{path} is no such file of this program: remove it, or change the folder")
+    return state
 
 
 def restore(path, part, state):
@@ -1023,7 +1026,7 @@ def resume(path, settings, trainee):
     """Load a checkpoint of the same settings into trainee; its step, seconds and history."""
     if not path.exists():
         return 0, 0.0, []
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, "settings")
     check_same(path, state["settings"], settings)
     for name, part in trainee.parts().items():
         restore(path, part, state[name])
@@ -1203,7 +1206,7 @@ class Settings:
     export: str = option("folder for PNGs of real and generated pictures, as for FID", "")
     report: list = option("folders of finished runs: print their tables and stop", [], nargs="+",
                           type=str)
-    seed: int = option("seed of all randomness", 0)
+    seed: int = option("seed of all randomness", 0, most=2**63 - 1)
     device: str = option("cuda, mps or cpu", "cuda" if torch.cuda.is_available() else "cpu")
     weighting: str = option("likelihood: Diff-MVAE, a bound; the others: Diff-MVAE*", "velocity",
                             "simple", choices=tuple(Diffusion.samplers))
@@ -1298,7 +1301,8 @@ def check_ends(setting, value):
     """Refuse numbers beyond a setting's ends, and NaN."""
     least, most = setting.metadata["least"], setting.metadata["most"]
     for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, (int, float)) and not least <= number <= most:
+        fits = least <= number <= most if isinstance(number, (int, float)) else True
+        if not fits or number == math.inf:
             ends = f"at least {least}" if most == math.inf else f"{least} to {most}"
             raise InputError(f"{flag_name(setting)} {value}: give {ends}")
 
@@ -1310,6 +1314,8 @@ def check_usable(s):
     except (RuntimeError, AssertionError, ImportError) as problem:
         raise InputError(f"--device {s.device} cannot be used ({why(problem)}): give "
                          "another") from problem
+    if not s.out:
+        raise InputError("--out: give a folder")
     for flag, folder in (("--out", s.out), ("--export", s.export)):
         if folder:
             try:
@@ -1318,10 +1324,13 @@ def check_usable(s):
             except OSError as problem:
                 raise InputError(f"{flag} {folder} cannot be used ({why(problem)}): give "
                                  "another") from problem
+    prior = Path(s.out) / "prior.pt"
+    if prior.exists() and not (Path(s.out) / "model.pt").exists():
+        raise InputError(f"{prior} is of a model.pt that is gone: remove it, or change --out")
     for stage in STAGES:
         path = Path(s.out) / f"{stage}.pt"
         if path.exists():
-            was = read_checkpoint(path)["settings"]
+            was = read_checkpoint(path, "settings")["settings"]
             check_same(path, {k: v for k, v in was.items() if k != "examples"}, s.fixed(stage))
 
 
@@ -1377,9 +1386,11 @@ def image_networks(s):
     """The image's encoder and its decoder, of the kind s.decoder; with s.seed the same weights."""
     torch.manual_seed(s.seed)
     multiple = math.lcm(8, s.patch * 2 ** (len(s.multipliers) - 1))
+    if s.patch.bit_count() != 1:
+        raise InputError(f"--patch {s.patch}: give a power of 2")
     if s.size % multiple or s.size.bit_count() != 1:
-        raise InputError(f"--size {s.size} --patch {s.patch}: give as size a power of 2 that is a "
-                         f"multiple of {multiple}")
+        raise InputError(f"--size {s.size}: give a power of 2 that is a multiple of {multiple}, or "
+                         "a smaller --patch or fewer --multipliers")
     if s.channels % 8 or s.encoder_channels % 2:
         raise InputError(f"--channels {s.channels} --encoder-channels {s.encoder_channels}: "
                          "give a multiple of 8 and an even number")
@@ -1413,6 +1424,9 @@ def conv_widths(s):
 def multimodal(s, encoders, decoders, weights):
     """The untrained model of the family s.family."""
     if s.family == "mvtcae":
+        if s.observed < 1 or s.gaps:
+            raise InputError("--family mvtcae is defined for complete examples: leave out "
+                             "--observed and --gaps")
         return MVTCAE(encoders, decoders, beta=s.beta, weights=weights)
     return DiffMVAE(encoders, decoders, s.family, s.beta, weights)
 
@@ -1463,9 +1477,6 @@ def prepare(s, data, observed, names):
     seen = only_gaps(hide_labels(s, len(train["image"]), gaps["train"], names))
     if s.decoder == "none":
         train, seen = complete(train, seen), {}
-    if seen and s.family == "mvtcae":
-        raise InputError("--family mvtcae is defined for complete examples: leave out --observed "
-                         "and --gaps")
     for purpose, part in (("train", train), ("train", whole), ("test", test)):
         n = len(part["image"])
         if n < 2:  # no covariance, which the tables need
@@ -1555,9 +1566,12 @@ def load_run(out, make_settings, build, device="cpu"):
     make_settings(**saved) makes its settings, and build(settings) the pair untrained; Supervised
     has no prior.
     """
-    states = {"model": read_checkpoint(Path(out) / "model.pt")}
+    states = {"model": read_checkpoint(Path(out) / "model.pt", "settings")}
     if states["model"]["settings"]["decoder"] != "none":
-        states["prior"] = read_checkpoint(Path(out) / "prior.pt")
+        states["prior"] = read_checkpoint(Path(out) / "prior.pt", "settings")
+        shared = {name: states["prior"]["settings"].get(name)
+                  for name in states["model"]["settings"]}
+        check_same(Path(out) / "prior.pt", shared, states["model"]["settings"])
     for stage, state in states.items():
         steps = state["settings"]["steps" if stage == "model" else "prior_steps"]
         if state["step"] < steps:
@@ -1565,7 +1579,11 @@ def load_run(out, make_settings, build, device="cpu"):
     latest = states.get("prior", states["model"])  # only the prior's has the settings prior_…
     saved = {**latest["settings"], "device": device}
     del saved["examples"]
-    model, prior = build(make_settings(**saved))
+    try:
+        settings = make_settings(**saved)
+    except TypeError as problem:  # other names
+        raise InputError(f"{out} is a run of another script, or of other code") from problem
+    model, prior = build(settings)
     for stage, part in (("model", model), ("prior", prior)):
         if part is not None:
             restore(Path(out) / f"{stage}.pt", part, states[stage]["averaged"])
@@ -1632,6 +1650,8 @@ def cell(value):
 
 def read_results(path, settings):
     """The settings and the tables in a results.json."""
+    if not path.exists():
+        raise InputError(f"{path} is missing: that run has to be made first, to its end")
     text = read_text(path)
     try:
         record = json.loads(text)
@@ -1649,7 +1669,7 @@ def check_comparable(path, s, other):
     elif judged_by(s) and judged_by(other) and judged_by(s) != judged_by(other):
         differ = "--judge or --measured"
     elif s.method == other.method:
-        if {**s.fixed("prior"), "seed": 0} != {**other.fixed("prior"), "seed": 0}:
+        if but_for_seed(s) != but_for_seed(other):
             differ = f"more than {s.method}'s --seed"
         elif s.seed == other.seed:
             raise InputError(f"{path} is one more {s.method} of --seed {s.seed}: leave it out")
@@ -1657,9 +1677,14 @@ def check_comparable(path, s, other):
         raise InputError(f"{path} differs from a run before it in {differ}: leave it out")
 
 
+def but_for_seed(s):
+    """What two runs must share to be one method with two seeds."""
+    return {**s.fixed("prior"), "evaluations": s.evaluations, "seed": None}
+
+
 def judged_by(s):
     """By whom, and on how many pictures; None without a judge."""
-    return (s.judge, s.measured) if getattr(s, "judge", "") else None
+    return (Path(s.judge).resolve(), s.measured) if getattr(s, "judge", "") else None
 
 
 def report(s):
@@ -1756,6 +1781,8 @@ def read_table(path, pair, header=0, keys=()):
         except (TypeError, ValueError, KeyError) as problem:  # words too many, too few, or others
             raise InputError(f"{path}, line {number} ({line[:40]}) is not as released: get it "
                              "anew") from problem
+        if key in table:
+            raise InputError(f"{path}, line {number} has {key} a second time: get it anew")
         table[key] = value
     missing = set(keys) - table.keys()
     if missing:
@@ -1773,8 +1800,11 @@ def open_picture(path, mode):
 
 def decoded(cache, read, names):
     """[read(name) for each name], in threads; kept in the file cache and taken from there."""
+    if not names:
+        raise InputError(f"there is no picture to decode for {cache}: get the lists of pictures "
+                         "anew")
     if cache.exists():
-        kept = read_checkpoint(cache)
+        kept = read_checkpoint(cache, "names", "arrays")
         if kept["names"] == names:
             return kept["arrays"]
     with ThreadPoolExecutor() as pool:

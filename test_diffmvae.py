@@ -1352,7 +1352,8 @@ def test_causes_are_short_and_plain():
 
 @pytest.mark.parametrize("name, value, ends", [
     ("steps", 0, "at least 1"), ("prior_steps", -1, "at least 1"), ("batch_size", 0, "at least 1"),
-    ("seed", -1, "at least 0"), ("ema", -0.1, "0 to 1"), ("ema", 2.0, "0 to 1"),
+    ("seed", -1, "0 to"), ("seed", 2**63, "0 to"), ("weight", math.inf, "at least 0"),
+    ("ema", -0.1, "0 to 1"), ("ema", 2.0, "0 to 1"),
     ("multipliers", [1, 0], "at least 1"), ("latent_dim", -4, "at least 1"),
     ("dropout", 1.5, "0 to 1"), ("beta", -1.0, "at least 0"), ("rate", math.nan, "at least 0"),
     ("tokens", 2, "3 to 512"), ("tokens", 513, "3 to 512"), ("measured", 1, "at least 2"),
@@ -1442,8 +1443,9 @@ def test_share_of_the_examples_that_have_more_than_a_picture(quick):
     assert seen == {} and all(torch.equal(part[k], x[kept]) for k, x in data["train"].items())
     with refused("^0 examples to train lack nothing"):
         prepared(observed=0.01, decoder="none")
-    with refused("^--family mvtcae is defined for complete examples: leave out"):
-        prepared({"mask": even}, family="mvtcae")
+    for options in (dict(observed=0.1), dict(gaps=True, data="x", attention=0)):
+        with refused("^--family mvtcae is defined for complete examples: leave out"):
+            celeba.build(tiny(family="mvtcae", **options))
 
 
 def test_nothing_is_measured_against_a_gap(quick):
@@ -1705,6 +1707,16 @@ def test_too_few_examples_for_a_covariance_are_refused(there, options, message):
     dm.prepare(tiny(), data, {}, ["mask"])
     with refused(message):
         dm.prepare(tiny(**options), data, observed, ["mask"])
+
+
+def test_a_list_of_faces_that_was_cut_is_refused(released):
+    lines = (released / ANNO).read_text().splitlines()
+    for kept, message in ((lines[:-1], "has 2 faces, its first line says 3"),
+                          (lines[:2], "has 0 faces, its first line says 3"),
+                          ([*lines, lines[-1]], "line 6 has 2 a second time")):
+        (released / ANNO).write_text("\n".join(kept) + "\n")
+        with refused(message):
+            celeba.read_faces(released, 16)
 
 
 def remove_mask(released):
@@ -1997,7 +2009,8 @@ def test_report_is_mean_and_deviation_over_seeds(tmp_path, monkeypatch, capsys):
         (finished("fewer", family="mvae", judge="sup", measured=6), "in --judge or --measured"),
         (finished("other", family="mvae", judge="s", measured=7), "in --judge or --measured"),
         (finished("real", family="mvae", data="real"), "in --data or --size"),
-        ("nowhere", "cannot be opened .*No such file"),
+        ("nowhere", "is missing: that run has to be made first"),
+        (finished("few", evaluations=1, seed=5, **judge), r"more than Diff-MVAE\*'s --seed"),
         (written("broken", "{"), "is damaged or of no run of this script"),
         (written("old", '{"settings": {"size": 16}}'), "is damaged or of no run of this script"),
         (written("none", "{}"), "is damaged or of no run of this script"),
@@ -2464,6 +2477,9 @@ def test_released_birds_are_read_back(released_birds):
 
 @pytest.mark.parametrize("file, text, message", [
     ("images.txt", None, "images.txt is missing"),
+    ("images.txt", "", "there is no picture to decode|has 0 pictures"),
+    ("images.txt", "1 1.A/one.jpg\n2 1.A/two.jpg\n", "has 2 pictures, train_test_split.txt 6"),
+    ("images.txt", "1 1.A/one.jpg\n1 1.A/two.jpg\n", "images.txt, line 2 has 1 a second time"),
     ("images/1.A/two.jpg", None, "two.jpg cannot be read"),
     ("../text/1.A/one.txt", None, "one.txt is missing or holds no caption"),
     ("../text/1.A/one.txt", "\n \n", "one.txt is missing or holds no caption"),
@@ -2677,6 +2693,39 @@ def test_numbers_are_saved_before_pictures_can_fail(tmp_path, monkeypatch, quick
         assert results_in(s.out)["tables"]
 
 
+def test_what_is_no_run_of_this_script_is_refused(tmp_path, quick):
+    s = tiny(out=str(tmp_path), measured=2)
+    celeba.run(s)
+    model = torch.load(tmp_path / "model.pt")
+    model["settings"]["other"] = 1
+    prior = torch.load(tmp_path / "prior.pt")
+    prior["settings"]["other"] = 1
+    for name, state in (("model", model), ("prior", prior)):
+        torch.save(state, tmp_path / f"{name}.pt")
+    with refused("is a run of another script, or of other code"):
+        celeba.load(tmp_path)
+    prior["settings"]["seed"] = 5
+    torch.save(prior, tmp_path / "prior.pt")
+    with refused("prior.pt is of another run .seed was 5 and is 0"):
+        celeba.load(tmp_path)
+    (tmp_path / "model.pt").unlink()
+    with refused("prior.pt is of a model.pt that is gone"):
+        dm.check_usable(s)
+    for nothing in ({"a": 1}, [1]):
+        torch.save(nothing, tmp_path / "model.pt")
+        for again in (lambda: celeba.load(tmp_path), lambda: dm.check_usable(s)):
+            with refused("model.pt is no such file of this program"):
+                again()
+    with refused("^--out: give a folder"):
+        dm.check_usable(tiny(out=""))
+
+
+def test_rows_of_a_table_have_as_many_pictures(tmp_path, quick):
+    celeba.run(tiny(out=f"{tmp_path}/faces", export=f"{tmp_path}/png", measured=100))
+    numbers = {len(list(folder.iterdir())) for folder in (tmp_path / "png").iterdir()}
+    assert numbers == {12}  # as many as there are to test
+
+
 def test_flat_pictures_are_no_measure():
     judge, flat = celeba.build(tiny(decoder="none"))[0], torch.zeros(4, 3, 16, 16)
     with refused("the real pictures are flat"):
@@ -2684,8 +2733,9 @@ def test_flat_pictures_are_no_measure():
 
 
 def test_a_checkpoint_of_other_networks_is_refused(tmp_path, monkeypatch, quick):
-    s = tiny(out=str(tmp_path), measured=2)
+    s = tiny(out=str(tmp_path), measured=2, prior_net="unet")
     celeba.run(s)
+    assert isinstance(celeba.load(tmp_path)[1].net, dm.UNet)
     monkeypatch.setattr(celeba, "mlp", lambda *widths: dm.mlp(*widths[:1], 7, *widths[2:]))
     for again in (lambda: celeba.run(s), lambda: celeba.load(tmp_path)):
         with refused("model.pt is of other code, whose networks differ .*size mismatch"):

@@ -280,7 +280,11 @@ def read_attributes(path):
         on = {a: meaning[value] for a, value in zip(names, values, strict=True)}
         return int(name.removesuffix(".jpg")), [on[a] for a in ATTRIBUTES]
 
-    return read_table(path, pair, header=2)
+    table = read_table(path, pair, header=2)
+    if lines[0].split() != [str(len(table))]:
+        raise InputError(f"{path} has {len(table)} faces, its first line says {lines[0]}: get it "
+                         "anew")
+    return table
 
 
 def read_faces(folder, size, gaps=False):
@@ -353,7 +357,7 @@ def load(out, device="cpu"):
 
 def load_judge(s):
     """The Supervised model in the folder s.judge, which must know pictures such as those of s."""
-    was = read_checkpoint(Path(s.judge) / "model.pt")["settings"]
+    was = read_checkpoint(Path(s.judge) / "model.pt", "settings")["settings"]
     if (was["decoder"], was["data"], was["size"]) != ("none", s.fixed("model")["data"], s.size):
         raise InputError(f"--judge {s.judge} is no run of --decoder none on this --data and --size")
     return load(s.judge, s.device)[0]
@@ -474,9 +478,8 @@ def run(s):
     if s.is_bound:
         results["tables"]["Eq. 5"] = nats(model, test, batch)
     if prior is not None:
-        n = slice(s.measured if judge or s.export else 10)
-        x = batch(test, n)
-        training = batch(whole, n)
+        n = min(s.measured if judge or s.export else 10, len(test["image"]))
+        x, training = batch(test, slice(n)), batch(whole, slice(n))
         started = time.monotonic()
         made = draw(Path(s.out) / "samples.png", model, x, prior, training)
         sampled = len(x["image"]) * (len(made) - 1)
@@ -484,9 +487,9 @@ def run(s):
         if judge:
             results["tables"]["pictures given"] = judged(judge, made, batch(test)["image"])
     save_results(s, results)
+    show(results["tables"])
     if s.export:
         export(s.export, {label: pictures for label, (pictures, _) in made.items()})
-    show(results["tables"])
 
 
 if __name__ == "__main__":

@@ -170,6 +170,9 @@ def read_birds(folder, size, gaps=False):
     names = read_table(root / "images.txt", lambda k, name: (k, name))
     flag = {"1": "train", "0": "test"}
     split_of = read_table(root / "train_test_split.txt", lambda k, i: (k, flag[i]), keys=names)
+    if len(split_of) > len(names):
+        raise InputError(f"{root / 'images.txt'} has {len(names)} pictures, train_test_split.txt "
+                         f"{len(split_of)}: get it anew")
     captions = []
     for name in names.values():
         path = (texts / name).with_suffix(".txt")
@@ -608,16 +611,16 @@ def run(s):
     model, prior, seconds = train(s, data, observed, model, prior, batch, preview)
     torch.manual_seed(s.seed)
     test = batch({**data["test"], "caption": data["test"]["caption"][:, :1]})
-    training = batch(whole, slice(s.measured))
+    training = batch(whole, slice(min(s.measured, len(test["image"]))))
     tables, made = measure(s, model, prior, tokenizers, clip, test, training, birds["test"][2])
     if s.is_bound:
         tables["Eq. 5"] = nats(model, data["test"], batch)
     save_results(s, {"tables": tables, "seconds": seconds})
     x, some = ({name: v[:8] for name, v in part.items()} for part in (test, training))
     draw(Path(s.out) / "samples.png", model, tokenizers, x, prior, some)
+    show(tables)
     if s.export:
         export(s.export, made)
-    show(tables)
 
 
 if __name__ == "__main__":
