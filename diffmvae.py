@@ -1298,11 +1298,12 @@ def flag_name(setting):
 
 
 def check_ends(setting, value):
-    """Refuse numbers beyond a setting's ends, and NaN."""
+    """Refuse numbers beyond a setting's ends, NaN and infinity."""
     least, most = setting.metadata["least"], setting.metadata["most"]
     for number in value if isinstance(value, list) else [value]:
-        fits = least <= number <= most if isinstance(number, (int, float)) else True
-        if not fits or number == math.inf:
+        if not isinstance(number, (int, float)):
+            continue
+        if not least <= number <= most or number == math.inf:
             ends = f"at least {least}" if most == math.inf else f"{least} to {most}"
             raise InputError(f"{flag_name(setting)} {value}: give {ends}")
 
@@ -1385,9 +1386,9 @@ def main(run, settings, description):
 def image_networks(s):
     """The image's encoder and its decoder, of the kind s.decoder; with s.seed the same weights."""
     torch.manual_seed(s.seed)
-    multiple = math.lcm(8, s.patch * 2 ** (len(s.multipliers) - 1))
     if s.patch.bit_count() != 1:
         raise InputError(f"--patch {s.patch}: give a power of 2")
+    multiple = math.lcm(8, s.patch * 2 ** (len(s.multipliers) - 1))
     if s.size % multiple or s.size.bit_count() != 1:
         raise InputError(f"--size {s.size}: give a power of 2 that is a multiple of {multiple}, or "
                          "a smaller --patch or fewer --multipliers")
@@ -1464,12 +1465,13 @@ def only_gaps(observed):
 
 
 def prepare(s, data, observed, names):
-    """What to train on and what to measure on, on s.device.
+    """What to train on and what to measure on.
 
     data: {"train" | "test": {name: (N, ...)}}, observed: {"train" | "test": {name: (N,) bool}}.
-    Returns data; what of the training examples the model may see, {name: (N,) bool}; and those of
-    them that the data set has whole. Test examples with gaps are left out, as nothing can be
-    measured against a gap; so are training examples for Supervised.
+    Returns, on s.device, data and what of the training examples the model may see, {name: (N,)
+    bool}; and, where they are, those training examples that the data set has whole. Test examples
+    with gaps are left out, as nothing can be measured against a gap; so are training examples for
+    Supervised.
     """
     gaps = {split: only_gaps(observed.get(split, {})) for split in data}
     train, test = data["train"], complete(data["test"], gaps["test"])
@@ -1483,7 +1485,7 @@ def prepare(s, data, observed, names):
             raise InputError(f"{n} examples to {purpose} lack nothing, where at least 2 are "
                              "needed: get more data")
     data = {"train": on_device(train, s), "test": on_device(test, s)}
-    return data, on_device(seen, s), on_device(whole, s)
+    return data, on_device(seen, s), whole
 
 
 def on_device(tensors, s):

@@ -22,8 +22,8 @@ import diffmvae
 from diffmvae import (
     ConvDecoder, ConvEncoder, Encoder, FeedForward, InputError, bernoulli, conv_widths, decoded,
     export, f1_score, frechet_distance, image_networks, in_batches, infer, latent_prior, load_run,
-    main, mlp, multimodal, nats, open_picture, option, prepare, read_checkpoint, read_lines,
-    read_table, sample, save_grid, save_results, show, train, unconditional,
+    main, mlp, multimodal, nats, on_device, open_picture, option, prepare, read_checkpoint,
+    read_lines, read_table, sample, save_grid, save_results, show, train, unconditional,
 )
 
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
@@ -479,7 +479,7 @@ def run(s):
         results["tables"]["Eq. 5"] = nats(model, test, batch)
     if prior is not None:
         n = min(s.measured if judge or s.export else 10, len(test["image"]))
-        x, training = batch(test, slice(n)), batch(whole, slice(n))
+        x, training = batch(test, slice(n)), on_device(batch(whole, slice(n)), s)
         started = time.monotonic()
         made = draw(Path(s.out) / "samples.png", model, x, prior, training)
         sampled = len(x["image"]) * (len(made) - 1)

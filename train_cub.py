@@ -27,8 +27,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 import diffmvae
 from diffmvae import (
     InputError, decoded, export, frechet_distance, image_networks, in_batches, in_bf16, infer,
-    latent_prior, load_run, main, multimodal, nats, open_picture, option, prepare, read_lines,
-    read_table, sample, save_grid, save_results, show, spread, train, unconditional, why,
+    latent_prior, load_run, main, multimodal, nats, on_device, open_picture, option, prepare,
+    read_lines, read_table, sample, save_grid, save_results, show, spread, train, unconditional,
+    why,
 )
 
 
@@ -611,7 +612,8 @@ def run(s):
     model, prior, seconds = train(s, data, observed, model, prior, batch, preview)
     torch.manual_seed(s.seed)
     test = batch({**data["test"], "caption": data["test"]["caption"][:, :1]})
-    training = batch(whole, slice(min(s.measured, len(test["image"]))))
+    n = min(s.measured, len(test["image"]))
+    training = on_device(batch(whole, slice(n)), s)
     tables, made = measure(s, model, prior, tokenizers, clip, test, training, birds["test"][2])
     if s.is_bound:
         tables["Eq. 5"] = nats(model, data["test"], batch)
