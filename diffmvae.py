@@ -1186,14 +1186,19 @@ def save_curves(path, history, width=600, height=120):
 
 # ---- 10  What both scripts share: settings, networks, both stages of training, tables, files -----
 
-def option(help, drawn, real=None, least=0, most=math.inf, **flag):
-    """A setting that is also a flag: help, defaults for drawn and (if others) for real data, the
-    least and the most that it may be; flag: what else argparse needs of it, such as choices."""
+def option(help, drawn, real=None, small=None, least=0, most=math.inf, **flag):
+    """A setting that is also a flag: help, defaults for drawn data and (if others) for real data
+    and for real data with --small, the least and the most that it may be; flag: what else argparse
+    needs of it, such as choices."""
     real = drawn if real is None else real
-    if drawn not in (None, "", []):
-        note = f"default: {drawn}" if drawn == real else f"default: {drawn} drawn, {real} real"
-        help = f"{help} ({note})"
-    meta = {"drawn": drawn, "real": real, "least": least, "most": most, "flag": flag, "help": help}
+    small = drawn if small is None else small
+    defaults = {"drawn": drawn, "real": real, "small": small}
+    if real != drawn or small != drawn:
+        each = [f"{value} {kind}" for kind, value in defaults.items()]
+        help = f"{help} (default: {', '.join(each)})"
+    elif drawn not in (None, "", []):
+        help = f"{help} (default: {drawn})"
+    meta = {**defaults, "least": least, "most": most, "flag": flag, "help": help}
     return field(default=None, metadata=meta)
 
 
@@ -1203,6 +1208,8 @@ class Settings:
     latent_dim, channels, multipliers, vae_rate. Nothing given (None) means the default."""
 
     data: str = option("folder of the real data; without it data are drawn", "")
+    small: bool = option("train on real data in hours on a CPU: see the defaults called small",
+                         False, action=BooleanOptionalAction)
     export: str = option("folder for PNGs of real and generated pictures, as for FID", "")
     report: list = option("folders of finished runs: print their tables and stop", [], nargs="+",
                           type=str)
@@ -1220,13 +1227,13 @@ class Settings:
     gaps: bool = option("take real data that lack something, too", False,
                         action=BooleanOptionalAction)
     mirror: bool = option("mirror half of the training pictures, masks with them", False,
-                          action=BooleanOptionalAction)
+                          small=True, action=BooleanOptionalAction)
     patch: int = option("side in pixels of what the UNet takes for one pixel", 2, 1, least=1)
     attention: int = option("side at which the UNet attends, besides its middle", 0, 16)
     dropout: float = option("in the UNet", 0.0, 0.1, most=1)
-    encoder_channels: int = option("channels of the encoders at half size", 16, 64, least=2)
+    encoder_channels: int = option("channels of the encoders at half size", 16, 64, 8, least=2)
     rate: float = option("learning rate of the image decoder", 1e-3, 1e-4)
-    ema: float = option("decay of the averaged weights", 0.995, 0.9999, most=1)
+    ema: float = option("decay of the averaged weights", 0.995, 0.9999, 0.999, most=1)
     prior_net: str = option("network of the latent prior; unet: the paper's", "mlp",
                             choices=("mlp", "unet"))
     prior_steps: int = option("training steps of the latent prior", 4000, 10_000, least=1)
@@ -1236,14 +1243,17 @@ class Settings:
                               None, least=1)
     measured: int = option("pictures generated of each kind for the tables", 256, 6000, least=2)
 
-    free = ("out", "export", "report", "device", "evaluations", "measured")  # may change in a run
+    # What may change in a run; small only chooses defaults.
+    free = ("out", "export", "report", "device", "evaluations", "measured", "small")
     surrogate_weight = 1.0  # default weight where the picture's term is a surrogate, not nats
 
     def __post_init__(self):
+        kind = "drawn"
+        if self.data:
+            kind = "small" if self.small else "real"
         for setting in fields(self):
             if getattr(self, setting.name) is None:
-                default = setting.metadata["real"] if self.data else setting.metadata["drawn"]
-                setattr(self, setting.name, default)
+                setattr(self, setting.name, setting.metadata[kind])
             check_ends(setting, getattr(self, setting.name))
         if self.beta is None:
             self.beta = 1.0 if self.in_nats else 0.01
@@ -1315,6 +1325,8 @@ def check_usable(s):
     except (RuntimeError, AssertionError, ImportError) as problem:
         raise InputError(f"--device {s.device} cannot be used ({why(problem)}): give "
                          "another") from problem
+    if s.small and not s.data:
+        raise InputError("--small is for real data: give their folder with --data")
     if not s.out:
         raise InputError("--out: give a folder")
     for flag, folder in (("--out", s.out), ("--export", s.export)):
@@ -1365,6 +1377,8 @@ def main(run, settings, description):
             show(report(s))
             return
         check_usable(s)
+        if s.data and not s.small and s.device == "cpu":
+            print("The defaults for real data are for a GPU; --small has those for a CPU.")
         with alone_in(s.out):
             run(s)
             return

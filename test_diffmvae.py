@@ -1772,6 +1772,17 @@ def test_settings_of_the_bound_and_of_the_surrogate():
     assert celeba.Settings(decoder="none", beta=0.5).beta == 0.5
 
 
+def test_small_settings_of_real_data():
+    faces, birds = (script.Settings(data="x", small=True) for script in (celeba, cub))
+    assert (faces.size, faces.multipliers, faces.patch, faces.mirror) == (64, [1, 2, 2], 2, True)
+    assert (birds.size, birds.tokens, birds.text, birds.mirror) == (32, 32, "small", True)
+    spelled_out = {name: value for name, value in vars(faces).items() if name != "small"}
+    assert celeba.Settings(**spelled_out).fixed("prior") == faces.fixed("prior")
+    assert celeba.Settings(data="x", small=True, size=32, mirror=False).mirror is False
+    with refused("--small is for real data: give their folder with --data"):
+        dm.check_usable(celeba.Settings(small=True))
+
+
 @BOTH_DECODERS
 def test_mvtcae_is_built_and_is_no_bound(decoder):
     options = dict(decoder=decoder, weighting="likelihood")
@@ -2755,8 +2766,9 @@ def test_command_line(tmp_path):
         command = [sys.executable, ROOT / "train_celeba.py", *flags]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
-    done = run("--data", "nowhere")
+    done = run("--data", "nowhere", "--device", "cpu")
     assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "--small has those for a CPU" in done.stdout
     assert re.fullmatch(r"train_celeba\.py: nowhere.* is missing: .*\n", done.stderr)
     flags = "--data --weighting --family --decoder --beta --prior-steps --device"
     assert set(flags.split()) <= set(re.findall(r"--[a-z-]+", run("--help").stdout))

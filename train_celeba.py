@@ -1,7 +1,8 @@
 """Diff-MVAE on CelebAMask-HQ (§4.2): a face's image, mask and attributes, each from any other.
 
-    python train_celeba.py                         draws faces, 32 px: ten minutes on two cores
-    python train_celeba.py --data CelebAMask-HQ    the released data, 128 px, the paper's settings
+    python train_celeba.py                          draws faces, 32 px: ten minutes on two cores
+    python train_celeba.py --data CelebAMask-HQ     the released data, 128 px, the paper's settings
+    python train_celeba.py --data CelebAMask-HQ --small       the same at 64 px, hours on one core
 
 Trains Diff-MVAE (§3.2), then the latent prior (§3.4), measures (Table 3), draws (Figures 5, 6).
 The same command run again goes on where it stopped.
@@ -34,19 +35,21 @@ OTHERS = ("mask", "attributes")  # modalities than the image
 
 @dataclass
 class Settings(diffmvae.Settings):
-    """Drawn faces train in minutes on a CPU; for real ones defaults are the paper's or authors'."""
+    """Drawn faces train in minutes on a CPU; for real ones defaults are the paper's or authors',
+    but for --small."""
 
-    out: str = option("folder for checkpoints, numbers and pictures", "runs/drawn", "runs/celeba")
-    size: int = option("side of the pictures in pixels", 32, 128, least=1)
-    steps: int = option("training steps of Diff-MVAE", 3200, 100_000, least=1)
+    out: str = option("folder for checkpoints, numbers and pictures", "runs/drawn", "runs/celeba",
+                      "runs/celeba-small")
+    size: int = option("side of the pictures in pixels", 32, 128, 64, least=1)
+    steps: int = option("training steps of Diff-MVAE", 3200, 100_000, 20_000, least=1)
     batch_size: int = option("examples in a step", 8, 64, least=1)
     decoder: str = option("of images; feedforward: baseline MoPoE*; none: Supervised", "diffusion",
                           choices=("diffusion", "feedforward", "none"))
     weight: float = option("weight of log p(attributes|z) (default: 1 for a bound, or 10)", None)
     latent_dim: int = option("dimensions of z, an even number squared", 64, 256, least=1)
-    channels: int = option("channels of the UNet at its first level", 32, 128, least=1)
-    multipliers: list = option("their multiple at each level", [1, 2], [1, 2, 2, 3, 4], least=1,
-                               nargs="+", type=int)
+    channels: int = option("channels of the UNet at its first level", 32, 128, 24, least=1)
+    multipliers: list = option("their multiple at each level", [1, 2], [1, 2, 2, 3, 4], [1, 2, 2],
+                               least=1, nargs="+", type=int)
     vae_rate: float = option("learning rate of the encoders and other decoders", 1e-3, 2e-4)
     judge: str = option("folder of a Supervised run, by which generated pictures are measured", "")
 

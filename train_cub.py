@@ -35,9 +35,11 @@ from diffmvae import (
 
 @dataclass
 class Settings(diffmvae.Settings):
-    """Drawn birds train in minutes on a CPU; for real ones defaults are the paper's."""
+    """Drawn birds train in minutes on a CPU; for real ones defaults are the paper's,
+    but for --small."""
 
-    out: str = option("folder for checkpoints, numbers and pictures", "runs/birds", "runs/cub")
+    out: str = option("folder for checkpoints, numbers and pictures", "runs/birds", "runs/cub",
+                      "runs/cub-small")
     size: int = option("side of the pictures in pixels", 32, 64, least=1)
     steps: int = option("training steps of Diff-MVAE", 4400, 94_000, least=1)  # 500 epochs of 5,994
     batch_size: int = option("examples in a step", 8, 32, least=1)
@@ -53,7 +55,7 @@ class Settings(diffmvae.Settings):
     bert: str = option("encoder of the text: name in the hub, or local folder", "bert-base-cased")
     gpt2: str = option("decoder of the text: name in the hub, or local folder", "gpt2")
     optimus: str = option("file of Optimus weights to load into these two (§4.1)", "")
-    tokens: int = option("longest caption; what is beyond is cut", 28, 64, least=3, most=512)
+    tokens: int = option("longest caption; what is beyond is cut", 28, 64, 32, least=3, most=512)
     clip: str = option("CLIP for Tables 1 and 2: name in the hub, or local folder", "")
 
     free = (*diffmvae.Settings.free, "clip")
