@@ -1,19 +1,22 @@
 """Multimodal ELBO with Diffusion Decoders (Diff-MVAE; Wesego and Rooshenas) in one file.
 
 Each modality x_i has an encoder q(z|x_i). Any subset A of them fuses to q(z|x_A), a product of
-Gaussians; training draws subsets (MoPoE). Simple modalities have feed-forward decoders; images have
-a diffusion decoder conditioned on z, whose denoising score-matching loss stands inside the ELBO. A
-second, small diffusion model learns the distribution of z for unconditional samples.
+Gaussians; the ELBO is an average over subsets (MoPoE). Simple modalities have feed-forward
+decoders; images have a diffusion decoder conditioned on z, whose denoising score-matching loss
+stands inside the ELBO. A second, small diffusion model learns the distribution of z for
+unconditional samples.
 
 Sections 1 to 7 are the method, each built on those before it; 8 to 10 train, measure and run it.
 README.md says what of the paper is where, and lists all departures from it; those from its
 equations are marked "Deviation" here. The notation:
 
     x_1 .. x_M    modalities                          z           latent, (B, D), p(z) = N(0, I)
-    A, S, ω_A     a subset, their family, its weight  μ, log σ²   mu, logvar of an expert or product
+    A, ω_A        a subset, its weight                μ, log σ²   mu, logvar of an expert or product
     t ∈ [t_0, 1]  time, t_0 = t_min                   x_t         α(t) x + σ(t) ε, with ε ~ N(0, I)
     ℓ(t)          log-SNR, log α²/σ²                  β(t), β     g(t)², the noise rate; KL's weight
     ε̂_θ(x_t,z,t)  the predicted noise                 s_θ         the score, −ε̂/σ
+
+In shapes B is the batch, M the number of modalities, S that of subsets, D the dimensions of z.
 """
 
 import copy
@@ -81,7 +84,7 @@ def kl_divergence(mu, logvar, mu_p=None, logvar_p=None):
 
 
 def subsets(num_modalities, family="mopoe"):
-    """The family S of §3.2, (S, M) bool: "mopoe" every non-empty subset, "mvae" only the full one,
+    """The family of §3.2, (S, M) bool: "mopoe" every non-empty subset, "mvae" only the full one,
     "mmvae" the single modalities. All have the same weight ω_A = 1/S."""
     every = torch.tensor(list(itertools.product([False, True], repeat=num_modalities)))[1:]
     size = every.sum(1)  # (2^M − 1,)
@@ -103,7 +106,7 @@ def sample_gaussian(mu, logvar):
 
 @dataclass(frozen=True)
 class VPSDE:
-    """dx = −½ β(t) x dt + √β(t) dw on t ∈ [0, 1], β(t) linear (Y. Song et al. 2021).
+    """dx = −½ β(t) x dt + √β(t) dw on t ∈ [0, 1], β(t) linear (Song et al. 2021, SDE).
 
     q(x_t|x) = N(α(t) x, σ(t)² I) is the paper's q(x_t|x_0) with ᾱ_t = α(t)². Bound and samplers
     stop at t_min. There σ = 0.0032, 0.4 of the step between two grey levels of 8 bits (2/255 on
@@ -150,10 +153,10 @@ class VPSDE:
 # ---- 3  Samplers (§4) ----------------------------------------------------------------------------
 
 # Both start from x ~ N(0, I) at t = 1 and evaluate eps_model(x_t, t) -> ε̂ at N scalar times, for
-# N − 1 steps and, at t_min, the denoised x̂0 = (x − σ ε̂)/α.
+# N − 1 steps and, at the last time, the denoised x̂0 = (x − σ ε̂)/α. It is t_min, or 1 if N = 1.
 
 def ddim(eps_model, x, sde, evaluations):
-    """DDIM (J. Song et al. 2021, Eq. 12 with η = 0). x: (B, ...) -> (B, ...).
+    """DDIM (Song et al. 2021, DDIM, Eq. 12 with η = 0). x: (B, ...) -> (B, ...).
 
     Its times are quadratic, as its authors had them for CIFAR-10: short steps where noise is low.
     """
@@ -170,8 +173,8 @@ def ddim(eps_model, x, sde, evaluations):
 def euler_maruyama(eps_model, x, sde, evaluations):
     """Euler–Maruyama on the reverse SDE, times uniform in log-SNR. x: (B, ...) -> (B, ...).
 
-    dx = [−½ β x − β s_θ] dt + √β dw̄, backwards in t, with s_θ = −ε̂/σ (Y. Song et al. 2021). On a
-    grid uniform in t the last step would leave noise of √(βh), a dozen grey levels at 50 steps.
+    dx = [−½ β x − β s_θ] dt + √β dw̄, backwards in t, with s_θ = −ε̂/σ (Song et al. 2021, SDE). On
+    a grid uniform in t the last step would leave noise of √(βh), a dozen grey levels at 50 steps.
     """
     ell_min, ell_max = sde.log_snr_ends()
     t = sde.time_at(torch.linspace(ell_min, ell_max, evaluations, device=x.device))  # (N,)
@@ -291,7 +294,7 @@ class Diffusion(nn.Module):
             + E log N(x; x_t/α, σ²/α² I) at t = t_0
             − ½ ∫ g²/σ² E‖ε − ε̂‖² dt from t_0 to 1
 
-        The integral is Eq. 2. Since g²/σ² = −dℓ/dt it is (ℓ(t_0) − ℓ(1)) times the mean error over
+        (Song et al. 2021, MLE; Kingma et al. 2021). The integral is Eq. 2. Since g²/σ² = −dℓ/dt it is (ℓ(t_0) − ℓ(1)) times the mean error over
         times uniform in ℓ. The second term needs no network: x − x_t/α is noise of just that
         variance, so it is −½ (1 + log 2π σ²/α²) a dimension.
         Deviation: Eq. 5 leaves out the first two terms and adds the third, where it must subtract.
@@ -333,7 +336,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 
 
 def group_norm(channels):
-    """Four channels a group, or more where that would be over 32 groups."""
+    """At most 32 groups, of at least four channels where there are as many."""
     return nn.GroupNorm(math.gcd(32, max(1, channels // 4), channels), channels)
 
 
@@ -676,13 +679,10 @@ def mean_of_valid(values, valid):
 
 
 def draw_valid(valid):
-    """One of the valid A for each example, all alike likely: (B, S) bool -> its index, (B,).
-
-    Valid 1 0 1 1 have the numbers 1 1 2 3; k = 1 draws the first number above 1, at index 2.
-    """
-    number = valid.cumsum(1)  # (B, S)
-    k = (valid.sum(1) * stratified(len(valid), valid.device)).long()  # (B,)
-    return (number > k[:, None]).int().argmax(1)  # the first that is
+    """One of the valid A for each example, all alike likely: (B, S) bool -> its index, (B,)."""
+    valid_first = valid.int().argsort(dim=1, descending=True, stable=True)  # (B, S), indices
+    k = (valid.sum(1) * stratified(len(valid), valid.device)).long()  # (B,), below their number
+    return valid_first.gather(1, k[:, None])[:, 0]
 
 
 class DiffMVAE(nn.Module):
@@ -732,8 +732,10 @@ class DiffMVAE(nn.Module):
 
     def fuse(self, mu, logvar, present):
         """q(z|x_A) ∝ ∏_{i∈A} q(z|x_i), with p(z) if prior_expert: (..., M, D) -> (..., D)."""
-        if self.prior_expert:  # one more expert, μ = 0 and log σ² = 0
-            mu, logvar = F.pad(mu, (0, 0, 0, 1)), F.pad(logvar, (0, 0, 0, 1))
+        if self.prior_expert:
+            zeros = torch.zeros_like(mu[..., :1, :])  # p(z): μ = 0 and log σ² = 0
+            mu = torch.cat([mu, zeros], dim=-2)
+            logvar = torch.cat([logvar, zeros], dim=-2)
             present = F.pad(present, (0, 1), value=True)
         return product_of_experts(mu, logvar, present)
 
@@ -791,7 +793,8 @@ class DiffMVAE(nn.Module):
         return ELBO(log_prob, kl, self.beta, self.weights)
 
     def full_elbo(self, x, observed=None):
-        """The bound itself: β = 1, no weights, and every decoder runs for every subset."""
+        """Eq. 5 at β = 1, without weights, every decoder run for every subset: the bound itself, if
+        log_prob of every decoder is one."""
         elbo = self.elbo(x, observed, exact=True)
         return ELBO(elbo.log_prob, elbo.kl, 1.0, {})
 
@@ -1186,10 +1189,10 @@ def save_curves(path, history, width=600, height=120):
 
 # ---- 10  What both scripts share: settings, networks, both stages of training, tables, files -----
 
-def option(help, drawn, real=None, small=None, least=0, most=math.inf, **flag):
-    """A setting that is also a flag: help, defaults for drawn data and (if others) for real data
-    and for real data with --small, the least and the most that it may be; flag: what else argparse
-    needs of it, such as choices."""
+def option(help, drawn, real=None, *, small=None, least=0, most=math.inf, **flag):
+    """A setting that is also a flag: help; defaults for drawn data, for real data, and for real
+    data with --small (drawn's, unless others are given); the least and the most that it may be;
+    flag: what else argparse needs of it, such as choices."""
     real = drawn if real is None else real
     small = drawn if small is None else small
     defaults = {"drawn": drawn, "real": real, "small": small}
@@ -1208,8 +1211,8 @@ class Settings:
     latent_dim, channels, multipliers, vae_rate. Nothing given (None) means the default."""
 
     data: str = option("folder of the real data; without it data are drawn", "")
-    small: bool = option("train on real data in hours on a CPU: see the defaults called small",
-                         False, action=BooleanOptionalAction)
+    small: bool = option("real data on a CPU: takes the defaults called small below", False,
+                         action=BooleanOptionalAction)
     export: str = option("folder for PNGs of real and generated pictures, as for FID", "")
     report: list = option("folders of finished runs: print their tables and stop", [], nargs="+",
                           type=str)
@@ -1231,9 +1234,9 @@ class Settings:
     patch: int = option("side in pixels of what the UNet takes for one pixel", 2, 1, least=1)
     attention: int = option("side at which the UNet attends, besides its middle", 0, 16)
     dropout: float = option("in the UNet", 0.0, 0.1, most=1)
-    encoder_channels: int = option("channels of the encoders at half size", 16, 64, 8, least=2)
+    encoder_channels: int = option("channels of the encoders at half size", 16, 64, small=8, least=2)
     rate: float = option("learning rate of the image decoder", 1e-3, 1e-4)
-    ema: float = option("decay of the averaged weights", 0.995, 0.9999, 0.999, most=1)
+    ema: float = option("decay of the averaged weights", 0.995, 0.9999, small=0.999, most=1)
     prior_net: str = option("network of the latent prior; unet: the paper's", "mlp",
                             choices=("mlp", "unet"))
     prior_steps: int = option("training steps of the latent prior", 4000, 10_000, least=1)
@@ -1248,6 +1251,8 @@ class Settings:
     surrogate_weight = 1.0  # default weight where the picture's term is a surrogate, not nats
 
     def __post_init__(self):
+        if self.small and not self.data:
+            raise InputError("--small is for real data: give their folder with --data")
         kind = "drawn"
         if self.data:
             kind = "small" if self.small else "real"
@@ -1325,8 +1330,6 @@ def check_usable(s):
     except (RuntimeError, AssertionError, ImportError) as problem:
         raise InputError(f"--device {s.device} cannot be used ({why(problem)}): give "
                          "another") from problem
-    if s.small and not s.data:
-        raise InputError("--small is for real data: give their folder with --data")
     if not s.out:
         raise InputError("--out: give a folder")
     for flag, folder in (("--out", s.out), ("--export", s.export)):
@@ -1377,8 +1380,8 @@ def main(run, settings, description):
             show(report(s))
             return
         check_usable(s)
-        if s.data and not s.small and s.device == "cpu":
-            print("The defaults for real data are for a GPU; --small has those for a CPU.")
+        if s.data and not s.small and not s.device.startswith("cuda"):
+            print("Without --small the defaults for real data are for a GPU with CUDA.")
         with alone_in(s.out):
             run(s)
             return
@@ -1530,7 +1533,8 @@ def train(s, data, observed, model, prior, batch, preview):
     """Diff-MVAE (§3.2), then its latent prior (§3.4): both, averaged, and their seconds.
 
     data: {"train" | "test": {name: (N, ...)}}, of which batch(part, i) gives the networks examples
-    i; observed: {name: (N,) bool} of the training set. preview(averaged) draws.
+    i; observed: {name: (N,) bool} of the training set. preview(averaged) draws. The prior learns
+    from examples as they are, not mirrored.
     """
     n = len(data["train"]["image"])
     objective = "ELBO" if s.is_bound and s.beta == 1 and s.weight == 1 else "surrogate"
@@ -1555,16 +1559,16 @@ def train(s, data, observed, model, prior, batch, preview):
     for decoder in model.decoders.values():
         rates.append((decoder, s.rate if isinstance(decoder, Diffusion) else s.vae_rate))
     contents = checksum({**data["train"], **{f"{k} observed": v for k, v in observed.items()}})
-    model, seconds = fit(
+    averaged, seconds = fit(
         model, model_terms, objective, n, s.steps, s.batch_size, rates, s, stage="model",
         contents=contents, held_out=held_out, preview=preview)
     if prior is None:
-        return model, None, {"model": seconds}
+        return averaged, None, {"model": seconds}
 
     prior = prior.to(s.device)
     torch.manual_seed(s.seed)
     rows = {"i": torch.arange(n, device=s.device)}
-    mu, logvar = in_batches(lambda row: model.posterior(*examples(row["i"])), rows, "encoding")
+    mu, logvar = in_batches(lambda row: averaged.posterior(*examples(row["i"])), rows, "encoding")
     prior.standardise(mu, logvar)
 
     def prior_terms(i):
@@ -1573,7 +1577,7 @@ def train(s, data, observed, model, prior, batch, preview):
     prior, prior_seconds = fit(
         prior, prior_terms, "surrogate", n, s.prior_steps, s.prior_batch, [(prior, s.prior_rate)],
         s, stage="prior", contents=contents)
-    return model, prior, {"model": seconds, "prior": prior_seconds}
+    return averaged, prior, {"model": seconds, "prior": prior_seconds}
 
 
 def load_run(out, make_settings, build, device="cpu"):
@@ -1680,7 +1684,7 @@ def read_results(path, settings):
 def check_comparable(path, s, other):
     """Refuse the run in path if it cannot stand in one table with another; both are Settings."""
     differ = ""
-    if (s.data, s.size) != (other.data, other.size):
+    if (s.fixed("model")["data"], s.size) != (other.fixed("model")["data"], other.size):
         differ = "--data or --size"
     elif judged_by(s) and judged_by(other) and judged_by(s) != judged_by(other):
         differ = "--judge or --measured"

@@ -39,17 +39,17 @@ class Settings(diffmvae.Settings):
     but for --small."""
 
     out: str = option("folder for checkpoints, numbers and pictures", "runs/drawn", "runs/celeba",
-                      "runs/celeba-small")
-    size: int = option("side of the pictures in pixels", 32, 128, 64, least=1)
-    steps: int = option("training steps of Diff-MVAE", 3200, 100_000, 20_000, least=1)
+                      small="runs/celeba-small")
+    size: int = option("side of the pictures in pixels", 32, 128, small=64, least=1)
+    steps: int = option("training steps of Diff-MVAE", 3200, 100_000, small=20_000, least=1)
     batch_size: int = option("examples in a step", 8, 64, least=1)
     decoder: str = option("of images; feedforward: baseline MoPoE*; none: Supervised", "diffusion",
                           choices=("diffusion", "feedforward", "none"))
     weight: float = option("weight of log p(attributes|z) (default: 1 for a bound, or 10)", None)
     latent_dim: int = option("dimensions of z, an even number squared", 64, 256, least=1)
-    channels: int = option("channels of the UNet at its first level", 32, 128, 24, least=1)
-    multipliers: list = option("their multiple at each level", [1, 2], [1, 2, 2, 3, 4], [1, 2, 2],
-                               least=1, nargs="+", type=int)
+    channels: int = option("channels of the UNet at its first level", 32, 128, small=24, least=1)
+    multipliers: list = option("their multiple at each level", [1, 2], [1, 2, 2, 3, 4],
+                               small=[1, 2, 2], least=1, nargs="+", type=int)
     vae_rate: float = option("learning rate of the encoders and other decoders", 1e-3, 2e-4)
     judge: str = option("folder of a Supervised run, by which generated pictures are measured", "")
 
@@ -368,10 +368,11 @@ def load_judge(s):
 
 # ---- Measuring (Table 3), drawing (Figures 5 and 6), and the run --------------------------------
 
-GIVEN = ["image", "mask + attributes", "mask", "attributes"]  # what pictures are drawn from
+GIVEN = {"image": ["image"], "mask + attributes": ["mask", "attributes"], "mask": ["mask"],
+         "attributes": ["attributes"]}  # what pictures are drawn from
 
 
-def table3(model, train, test):
+def table3(model, training, test):
     """Table 3's F1, {given: {modality: score}}; given nothing, the best that ignores its input: the
     training set's mean, cut where that scores best on test."""
     x = batch(test)
@@ -381,7 +382,7 @@ def table3(model, train, test):
             if set(given) <= set(model.encoders):
                 predicted = sample(model.decoders[target], infer(model, x, given))
                 scores[label][target] = f1_score(predicted, test[target])
-        mean = train[target].float().mean(0).to(test[target].device)
+        mean = training[target].float().mean(0).to(test[target].device)
         constants = [mean >= threshold / 20 for threshold in range(1, 20)]
         scores["nothing"][target] = max(
             f1_score(constant.expand(test[target].shape), test[target]) for constant in constants
@@ -435,11 +436,11 @@ def judged(judge, made, real):
 
 
 def draw(path, model, x, prior=None, training=None):
-    """A picture for each example of x from each of GIVEN (§3.3) and, with the prior, from nothing
+    """A picture for each example of x given each of GIVEN (§3.3) and, with the prior, from nothing
     (§3.4), ten of each also as a PNG (Figures 5, 6): {given: (pictures, shown)}. shown are the
     modalities to agree with: those given or, from nothing, what the same z is decoded to.
     """
-    latents = {given: infer(model, x, given.split(" + ")) for given in GIVEN}
+    latents = {label: infer(model, x, given) for label, given in GIVEN.items()}
     if prior is not None:
         latents.update(unconditional(model, prior, training))
     made = {"real": (x["image"], x)}
@@ -447,7 +448,7 @@ def draw(path, model, x, prior=None, training=None):
         if label == "image":
             shown = x
         elif label in GIVEN:
-            shown = {name: x[name] for name in label.split(" + ")}
+            shown = {name: x[name] for name in GIVEN[label]}
         else:
             shown = {name: sample(model.decoders[name], z) for name in OTHERS}
         made[label] = sample(model.decoders["image"], z), shown

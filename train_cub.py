@@ -2,6 +2,7 @@
 
     python train_cub.py               draws birds and captions, 32 px: 13 minutes on two cores
     python train_cub.py --data cub    the released data, 64 px, BERT and GPT-2, the paper's settings
+    python train_cub.py --data cub --small    32 px and small text models, an hour on one core
 
 New beside train_celeba.py is only a modality: the caption's encoder returns (mu, logvar), its
 decoder has log_prob and sample. The same command run again goes on where it stopped.
@@ -12,6 +13,7 @@ import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ class Settings(diffmvae.Settings):
     but for --small."""
 
     out: str = option("folder for checkpoints, numbers and pictures", "runs/birds", "runs/cub",
-                      "runs/cub-small")
+                      small="runs/cub-small")
     size: int = option("side of the pictures in pixels", 32, 64, least=1)
     steps: int = option("training steps of Diff-MVAE", 4400, 94_000, least=1)  # 500 epochs of 5,994
     batch_size: int = option("examples in a step", 8, 32, least=1)
@@ -55,7 +57,7 @@ class Settings(diffmvae.Settings):
     bert: str = option("encoder of the text: name in the hub, or local folder", "bert-base-cased")
     gpt2: str = option("decoder of the text: name in the hub, or local folder", "gpt2")
     optimus: str = option("file of Optimus weights to load into these two (§4.1)", "")
-    tokens: int = option("longest caption; what is beyond is cut", 28, 64, 32, least=3, most=512)
+    tokens: int = option("longest caption; what is beyond is cut", 28, 64, small=32, least=3, most=512)
     clip: str = option("CLIP for Tables 1 and 2: name in the hub, or local folder", "")
 
     free = (*diffmvae.Settings.free, "clip")
@@ -63,6 +65,12 @@ class Settings(diffmvae.Settings):
 
 
 # ---- Drawn birds, and captions in varied words from the same factors -----------------------------
+
+class Birds(NamedTuple):
+    pictures: torch.Tensor
+    captions: list  # ten for each bird
+    factors: list  # {factor: value} for each bird, or None of real ones
+
 
 BIRDS = {"train": 8_000, "test": 500}
 COLOURS = {"black": (25, 25, 30), "white": (246, 246, 242), "grey": (140, 140, 146),
@@ -140,7 +148,7 @@ def read_colours(pictures):
 
 
 def draw_birds(size):
-    """{split: (pictures (N, 3, size, size) uint8, ten captions each, factors)}, always the same."""
+    """{split: Birds}, the same at every run; pictures are (N, 3, size, size) uint8."""
     print("These birds are drawn; --data cub takes real ones (see README.md).")
     data = {}
     for seed, (split, n) in enumerate(BIRDS.items()):
@@ -148,7 +156,8 @@ def draw_birds(size):
         factors = [{k: str(rng.choice(list(FACTORS[k]))) for k in FACTORS} for _ in range(n)]
         pictures = [draw_bird(f, rng, size) for f in tqdm(factors, f"drawing birds to {split}")]
         captions = [[write_caption(f, rng) for _ in range(10)] for f in factors]
-        data[split] = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), captions, factors
+        pictures = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        data[split] = Birds(pictures, captions, factors)
     return data
 
 
@@ -194,7 +203,8 @@ def read_birds(folder, size, gaps=False):
         rows = [row for row, k in enumerate(names) if split_of[k] == split]
         if not rows:
             raise InputError(f"{root / 'images.txt'} lists no picture to {split}: get it anew")
-        data[split] = pictures[rows].permute(0, 3, 1, 2), [captions[row] for row in rows], None
+        of_split = [captions[row] for row in rows]
+        data[split] = Birds(pictures[rows].permute(0, 3, 1, 2), of_split, None)
     return data
 
 
@@ -254,18 +264,16 @@ class TextDecoder(nn.Module):
         return -loss.sum(1)
 
     @torch.no_grad()
-    def sample(self, z, top_p=0.0, temperature=1.0):
-        """Captions, (B, longest − 1) tokens: greedy, or nucleus sampling (Holtzman et al. 2020)."""
+    def sample(self, z):
+        """The captions, (B, longest − 1) tokens, whose every token is the likeliest."""
         c = self.gpt2.config
         cache = self.remember(z)
-        likeliest = hf.TopPLogitsWarper(top_p)
         token = torch.full((len(z), 1), c.bos_token_id, device=z.device)
         ended = torch.zeros_like(token, dtype=torch.bool)
         tokens = []
         while len(tokens) < self.longest - 1 and not ended.all():
-            logits = self.logits(token, z, cache)[:, -1] / temperature  # (B, V)
-            token = likeliest(None, logits).softmax(-1).multinomial(1)  # (B, 1)
-            token = token.masked_fill(ended, c.pad_token_id)
+            logits = self.logits(token, z, cache)  # (B, 1, V)
+            token = logits.argmax(-1).masked_fill(ended, c.pad_token_id)
             tokens.append(token)
             ended = ended | (token == c.eos_token_id)
         rest = self.longest - 1 - len(tokens)
@@ -399,12 +407,12 @@ def tensors(birds, tokenizers, length):
     """Birds of draw_birds or read_birds as {split: {modality: (N, ...)}}; and which of them have
     captions, {split: {"caption": (N,) bool}}."""
     data, observed = {}, {}
-    for split, (pictures, captions, _) in birds.items():
-        filled = [ten if ten else [""] * 10 for ten in captions]
+    for split, part in birds.items():
+        filled = [ten if ten else [""] * 10 for ten in part.captions]
         flat = [caption for ten in filled for caption in ten]
         tokens = tokenise(tokenizers, flat, length)  # (10 N, 2, length)
-        data[split] = {"image": pictures, "caption": tokens.unflatten(0, (-1, 10))}
-        observed[split] = {"caption": torch.tensor([len(ten) > 0 for ten in captions])}
+        data[split] = {"image": part.pictures, "caption": tokens.unflatten(0, (-1, 10))}
+        observed[split] = {"caption": torch.tensor([len(ten) > 0 for ten in part.captions])}
     return data, observed
 
 
@@ -541,8 +549,8 @@ def coherence(pairs, factors):
 
 
 def table2(clip, pairs, device):
-    """{label: {measure: value}}: CLIP score, 100 cos (Hessel et al. 2021), and the Fréchet distance
-    to real pictures among CLIP's features of pictures."""
+    """{label: {measure: value}}: CLIP score, 100 cos (Hessel et al. 2021 have 2.5 max(cos, 0)), and the
+    Fréchet distance to real pictures among CLIP's features of pictures."""
     clip, words = clip[0].to(device), clip[1]
     side = clip.config.vision_config.image_size
     mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=device)[..., None, None]
@@ -598,7 +606,7 @@ def run(s):
     if s.clip:
         clip = [pretrained(kind, s.clip) for kind in (hf.CLIPModel, hf.AutoTokenizer)]
     birds = read_birds(s.data, s.size, s.gaps) if s.data else draw_birds(s.size)
-    captions = [caption for ten in birds["train"][1] for caption in ten]
+    captions = [caption for ten in birds["train"].captions for caption in ten]
     tokenizers = text_tokenizers(s, captions)
     if not (Path(s.out) / "model.pt").exists():  # from then on they stay as they are
         for end, words in zip(("in", "out"), tokenizers):
@@ -616,7 +624,7 @@ def run(s):
     test = batch({**data["test"], "caption": data["test"]["caption"][:, :1]})
     n = min(s.measured, len(test["image"]))
     training = on_device(batch(whole, slice(n)), s)
-    tables, made = measure(s, model, prior, tokenizers, clip, test, training, birds["test"][2])
+    tables, made = measure(s, model, prior, tokenizers, clip, test, training, birds["test"].factors)
     if s.is_bound:
         tables["Eq. 5"] = nats(model, data["test"], batch)
     save_results(s, {"tables": tables, "seconds": seconds})
