@@ -316,7 +316,9 @@ class Diffusion(nn.Module):
         if sampler is None:
             sampler = default_sampler
         if evaluations is None:
-            evaluations = self.evaluations or default_evaluations
+            evaluations = self.evaluations
+        if evaluations is None:
+            evaluations = default_evaluations
         if evaluations < 1:
             raise ValueError(f"{evaluations} evaluations: give at least 1")
         if noise is None:
@@ -408,10 +410,11 @@ class UNet(nn.Module):
     """v(x_t, ℓ, z) in 2-D (images, the paper's latent prior of CelebA) or 1-D (that of CUB).
 
     x: (B, channels, size) or (B, channels, size, size), size divisible by patch · 2^(levels − 1).
-    log_snr: (B,). z: (B, z_dim), or None if z_dim = 0. Both condition every block by adaptive group
-    norm (Preechakul et al. 2022); z also stands beside x_t as a picture that is linear in z, a
-    first guess of x (as Pandey et al. 2022 do with a VAE's). attention: the levels that have it, 0
-    the finest; the middle has. A patch is one position inside (Hoogeboom et al. 2023).
+    log_snr: (B,). z: (B, z_dim), or None if z_dim = 0. The sum of their embeddings conditions every
+    block by adaptive group norm (after Preechakul et al. 2022); z also stands beside x_t as a
+    picture that is linear in z, a first guess of x (as Pandey et al. 2022 do with a VAE's).
+    attention: the levels that have it, 0 the finest; the middle has. A patch is one position inside
+    (Hoogeboom et al. 2023).
     """
 
     def __init__(self, dims, channels, size, width, multipliers, blocks=2, attention=(), heads=8,
@@ -1036,13 +1039,13 @@ def resume(path, settings, trainee):
     return state["step"], state["seconds"], state["history"]
 
 
-def fit(model, terms, objective, num_examples, steps, batch_size, rates, s, stage, contents="",
+def fit(s, stage, model, terms, objective, *, num_examples, steps, batch_size, rates, contents="",
         held_out=None, preview=None):
     """Train model with Adam; return its moving average, the model from then on, and the seconds.
 
-    terms(indices) -> {name: (B,)}, named terms of a batch; that named objective is maximised, all
-    are shown. rates: [(module, learning rate)]. stage names the checkpoint; contents, a checksum,
-    what it must have been trained on. At each checkpoint held_out(averaged), a float, joins the
+    The checkpoint is s.out/stage.pt. terms(indices) -> {name: (B,)}, named terms of a batch; that
+    named objective is maximised, all are shown. rates: [(module, learning rate)]. contents: a
+    checksum of what it must have been trained on. At each checkpoint held_out(averaged), a float, joins the
     history, and preview(averaged) follows. From a checkpoint training goes on and ends as if never
     interrupted: a step draws all its randomness from (seed, stage, step).
     """
@@ -1560,8 +1563,9 @@ def train(s, data, observed, model, prior, batch, preview):
         rates.append((decoder, s.rate if isinstance(decoder, Diffusion) else s.vae_rate))
     contents = checksum({**data["train"], **{f"{k} observed": v for k, v in observed.items()}})
     averaged, seconds = fit(
-        model, model_terms, objective, n, s.steps, s.batch_size, rates, s, stage="model",
-        contents=contents, held_out=held_out, preview=preview)
+        s, "model", model, model_terms, objective, num_examples=n, steps=s.steps,
+        batch_size=s.batch_size, rates=rates, contents=contents, held_out=held_out,
+        preview=preview)
     if prior is None:
         return averaged, None, {"model": seconds}
 
@@ -1575,8 +1579,8 @@ def train(s, data, observed, model, prior, batch, preview):
         return {"surrogate": prior.log_prob(sample_gaussian(mu[i], logvar[i]))}
 
     prior, prior_seconds = fit(
-        prior, prior_terms, "surrogate", n, s.prior_steps, s.prior_batch, [(prior, s.prior_rate)],
-        s, stage="prior", contents=contents)
+        s, "prior", prior, prior_terms, "surrogate", num_examples=n, steps=s.prior_steps,
+        batch_size=s.prior_batch, rates=[(prior, s.prior_rate)], contents=contents)
     return averaged, prior, {"model": seconds, "prior": prior_seconds}
 
 

@@ -1023,7 +1023,8 @@ def test_latent_prior_learns_how_dimensions_go_together(tmp_path):
         return ((correlations(prior.sample(2000)) @ wanted) / (wanted @ wanted)).item()
 
     assert learned(prior) == approx(0, abs=0.05)  # untrained: N(0, I) of the right scale
-    made, _ = dm.fit(prior, terms, "surrogate", 2000, 300, s.prior_batch, rates, s, "prior")
+    made, _ = dm.fit(s, "prior", prior, terms, "surrogate", num_examples=2000, steps=300,
+                     batch_size=s.prior_batch, rates=rates)
     assert learned(made) == approx(1, abs=0.1)
 
 
@@ -1036,7 +1037,8 @@ def toy_settings(out, **changes):
 def toy_fit(model, terms, n, s, **options):
     """fit of "fit", the first of the named terms, as the model's stage."""
     rates = [(model, 1e-2)]
-    return dm.fit(model, terms, "fit", n, s.steps, s.batch_size, rates, s, "model", **options)
+    return dm.fit(s, "model", model, terms, "fit", num_examples=n, steps=s.steps,
+                  batch_size=s.batch_size, rates=rates, **options)
 
 
 def toy(out, size=1.0, **changes):

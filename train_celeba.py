@@ -125,8 +125,11 @@ def draw_face(a, rng, size):
 
     From back to front. As in CelebAMask-HQ all but the skin, and what is on it, is in the mask.
     """
-    background, clothes, hat = (tuple(rng.integers(30, 226, 3).tolist()) for _ in range(3))
-    dx, dy, w = (int(rng.integers(*ends)) for ends in ((62, 67), (-2, 3), (26, 31)))
+    def colour():
+        return tuple(rng.integers(30, 226, 3).tolist())
+
+    background, clothes, hat = colour(), colour(), colour()
+    dx, dy, w = int(rng.integers(62, 67)), int(rng.integers(-2, 3)), int(rng.integers(26, 31))
     tone, light = 0.55 + 0.45 * rng.random(), 0.9 + 0.2 * rng.random()
     skin = (250, 226, 214) if a["Pale_Skin"] else tuple(int(c * tone) for c in (214, 158, 116))
     hair = tuple(min(255, int(c * light)) for c in hair_colour(a))
