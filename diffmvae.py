@@ -156,7 +156,7 @@ class VPSDE:
 # N − 1 steps and, at the last time, the denoised x̂0 = (x − σ ε̂)/α. It is t_min, or 1 if N = 1.
 
 def ddim(eps_model, x, sde, evaluations):
-    """DDIM (Song et al. 2021, DDIM, Eq. 12 with η = 0). x: (B, ...) -> (B, ...).
+    """DDIM (Song, Meng and Ermon 2021, Eq. 12 with η = 0). x: (B, ...) -> (B, ...).
 
     Its times are quadratic, as its authors had them for CIFAR-10: short steps where noise is low.
     """
@@ -294,9 +294,10 @@ class Diffusion(nn.Module):
             + E log N(x; x_t/α, σ²/α² I) at t = t_0
             − ½ ∫ g²/σ² E‖ε − ε̂‖² dt from t_0 to 1
 
-        (Song et al. 2021, MLE; Kingma et al. 2021). The integral is Eq. 2. Since g²/σ² = −dℓ/dt it is (ℓ(t_0) − ℓ(1)) times the mean error over
-        times uniform in ℓ. The second term needs no network: x − x_t/α is noise of just that
-        variance, so it is −½ (1 + log 2π σ²/α²) a dimension.
+        (Song et al. 2021, MLE; Kingma et al. 2021). The integral is Eq. 2. Since g²/σ² = −dℓ/dt it
+        is (ℓ(t_0) − ℓ(1)) times the mean error over times uniform in ℓ. The second term needs no
+        network: x − x_t/α is noise of just that variance, so it is −½ (1 + log 2π σ²/α²) a
+        dimension.
         Deviation: Eq. 5 leaves out the first two terms and adds the third, where it must subtract.
         """
         ell_min, ell_max = self.sde.log_snr_ends()
@@ -1045,9 +1046,9 @@ def fit(s, stage, model, terms, objective, *, num_examples, steps, batch_size, r
 
     The checkpoint is s.out/stage.pt. terms(indices) -> {name: (B,)}, named terms of a batch; that
     named objective is maximised, all are shown. rates: [(module, learning rate)]. contents: a
-    checksum of what it must have been trained on. At each checkpoint held_out(averaged), a float, joins the
-    history, and preview(averaged) follows. From a checkpoint training goes on and ends as if never
-    interrupted: a step draws all its randomness from (seed, stage, step).
+    checksum of what it must have been trained on. At each checkpoint held_out(averaged), a float,
+    joins the history, and preview(averaged) follows. From a checkpoint training goes on and ends as
+    if never interrupted: a step draws all its randomness from (seed, stage, step).
     """
     path = Path(s.out) / f"{stage}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1237,7 +1238,8 @@ class Settings:
     patch: int = option("side in pixels of what the UNet takes for one pixel", 2, 1, least=1)
     attention: int = option("side at which the UNet attends, besides its middle", 0, 16)
     dropout: float = option("in the UNet", 0.0, 0.1, most=1)
-    encoder_channels: int = option("channels of the encoders at half size", 16, 64, small=8, least=2)
+    encoder_channels: int = option("channels of the encoders at half size", 16, 64, small=8,
+                                   least=2)
     rate: float = option("learning rate of the image decoder", 1e-3, 1e-4)
     ema: float = option("decay of the averaged weights", 0.995, 0.9999, small=0.999, most=1)
     prior_net: str = option("network of the latent prior; unet: the paper's", "mlp",

@@ -2011,6 +2011,8 @@ def test_report_is_mean_and_deviation_over_seeds(tmp_path, monkeypatch, capsys):
     runs = [finished(f"star{k}", v, seed=k, **judge) for k, v in enumerate((0.25, 0.5, 0.75))]
     runs += [finished("mopoe", 0.125, decoder="feedforward", **judge)]
     runs += [finished("sup", 1.0, decoder="none")]
+    slashed = [finished(f"x{k}", seed=k, data=folder) for k, folder in enumerate(("x", "x/"))]
+    assert dm.report(celeba.Settings(report=slashed))["F1 given: mask"]  # are of the same data
     dm.show(dm.report(celeba.Settings(report=runs)))
     assert capsys.readouterr().out == (
         "\n| F1 given: mask | the image | nothing |\n|---|---|---|\n"

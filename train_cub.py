@@ -58,7 +58,8 @@ class Settings(diffmvae.Settings):
     bert: str = option("encoder of the text: name in the hub, or local folder", "bert-base-cased")
     gpt2: str = option("decoder of the text: name in the hub, or local folder", "gpt2")
     optimus: str = option("file of Optimus weights to load into these two (§4.1)", "")
-    tokens: int = option("longest caption; what is beyond is cut", 28, 64, small=32, least=3, most=512)
+    tokens: int = option("longest caption; what is beyond is cut", 28, 64, small=32, least=3,
+                         most=512)
     clip: str = option("CLIP for Tables 1 and 2: name in the hub, or local folder", "")
 
     free = (*diffmvae.Settings.free, "clip")
@@ -68,7 +69,9 @@ class Settings(diffmvae.Settings):
 # ---- Drawn birds, and captions in varied words from the same factors -----------------------------
 
 class Birds(NamedTuple):
-    pictures: torch.Tensor
+    """The birds of a split, drawn or real."""
+
+    pictures: torch.Tensor  # (N, 3, size, size) uint8
     captions: list  # ten for each bird
     factors: list  # {factor: value} for each bird, or None of real ones
 
@@ -149,7 +152,7 @@ def read_colours(pictures):
 
 
 def draw_birds(size):
-    """{split: Birds}, the same at every run; pictures are (N, 3, size, size) uint8."""
+    """{split: Birds}, the same at every run."""
     print("These birds are drawn; --data cub takes real ones (see README.md).")
     data = {}
     for seed, (split, n) in enumerate(BIRDS.items()):
@@ -550,8 +553,8 @@ def coherence(pairs, factors):
 
 
 def table2(clip, pairs, device):
-    """{label: {measure: value}}: CLIP score, 100 cos (Hessel et al. 2021 have 2.5 max(cos, 0)), and the
-    Fréchet distance to real pictures among CLIP's features of pictures."""
+    """{label: {measure: value}}: CLIP score, 100 cos (Hessel et al. 2021 have 2.5 max(cos, 0)), and
+    the Fréchet distance to real pictures among CLIP's features of pictures."""
     clip, words = clip[0].to(device), clip[1]
     side = clip.config.vision_config.image_size
     mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=device)[..., None, None]
