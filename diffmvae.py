@@ -6,9 +6,9 @@ decoders; images have a diffusion decoder conditioned on z, whose denoising scor
 stands inside the ELBO. A second, small diffusion model learns the distribution of z for
 unconditional samples.
 
-Sections 1 to 7 are the method, each built on those before it; 8 to 10 train, measure and run it.
-README.md says what of the paper is where, and lists all departures from it; those from its
-equations are marked "Deviation" here. The notation:
+Sections 1 to 6 are the method, in the paper's order, and 7 its networks; 8 holds two variants; 9 to
+11 train, measure and run it. README.md says what of the paper is where, and lists all departures
+from it; those from its equations are marked "Deviation" here. The notation:
 
     x_1 .. x_M    modalities                          z           latent, (B, D), p(z) = N(0, I)
     A, ω_A        a subset, its weight                μ, log σ²   mu, logvar of an expert or product
@@ -24,11 +24,11 @@ import csv
 import itertools
 import json
 import math
+import operator
 import os
 import platform
 import re
 import signal
-import sqlite3
 import sys
 import textwrap
 import threading
@@ -36,23 +36,22 @@ import time
 import zlib
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.distributions import Bernoulli, Categorical, Normal
+from torch.distributions import Bernoulli, Categorical, Independent, Normal
 from tqdm import tqdm
 
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
+
+class InputError(ValueError):
+    """Something the user can mend; the message names it and the cure."""
+
 
 # ---- 1  Gaussian algebra (§2, §3.2, §3.3) --------------------------------------------------------
 
@@ -68,8 +67,8 @@ def product_of_experts(mu, logvar, present=None):
         present = present.unsqueeze(-1)  # (..., M, 1)
         log_precision = torch.where(present, log_precision, -torch.inf)
         mu = torch.where(present, mu, 0.0)
-    weight = log_precision.softmax(dim=-2)  # (..., M, D)  σ_i⁻² / Σ_j σ_j⁻²
-    return (weight * mu).sum(-2), -log_precision.logsumexp(-2)
+    share = log_precision.softmax(dim=-2)  # (..., M, D)  σ_i⁻² / Σ_j σ_j⁻²
+    return (share * mu).sum(-2), -log_precision.logsumexp(-2)
 
 
 def kl_divergence(mu, logvar, mu_p=None, logvar_p=None):
@@ -94,7 +93,7 @@ def subsets(num_modalities, family="mopoe"):
         return every[size.eq(num_modalities)]
     if family == "mmvae":
         return every[size.eq(1)]
-    raise ValueError(f"unknown family {family!r}: choose one of mopoe, mvae, mmvae")
+    raise InputError(f"unknown family {family!r}: choose one of mopoe, mvae, mmvae")
 
 
 def sample_gaussian(mu, logvar):
@@ -109,14 +108,18 @@ class VPSDE:
     """dx = −½ β(t) x dt + √β(t) dw on t ∈ [0, 1], β(t) linear (Song et al. 2021, SDE).
 
     q(x_t|x) = N(α(t) x, σ(t)² I) is the paper's q(x_t|x_0) with ᾱ_t = α(t)². Bound and samplers
-    stop at t_min. There σ = 0.0032, 0.4 of the step between two grey levels of 8 bits (2/255 on
-    [−1, 1]). Rounding to levels is an error of 0.29 of a step; under a little more noise than that
-    the levels blur, and a density gains nothing by being high at them and low between.
+    stop at t_min, which is ours. There σ = 0.0032, 0.4 of the step between two grey levels of 8
+    bits (2/255 on [−1, 1]). Rounding to levels errs by 1/√12 = 0.29 of that step; under a little
+    more noise the levels blur, and a density gains nothing by being high at them and low between.
     """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
     t_min: float = 1e-4
+
+    def __post_init__(self):
+        if not 0 < self.t_min < 1:
+            raise InputError(f"t_min {self.t_min}: give more than 0, where σ = 0, and less than 1")
 
     def integral(self, t):
         """B(t) = ∫_0^t β(s) ds."""
@@ -152,15 +155,16 @@ class VPSDE:
 
 # ---- 3  Samplers (§4) ----------------------------------------------------------------------------
 
-# Both start from x ~ N(0, I) at t = 1 and evaluate eps_model(x_t, t) -> ε̂ at N scalar times, for
-# N − 1 steps and, at the last time, the denoised x̂0 = (x − σ ε̂)/α. It is t_min, or 1 if N = 1.
+# Both start from x ~ N(0, I) at t = 1 and evaluate eps_model(x_t, t) -> ε̂ at N scalar times, of
+# which the last is t_min (if N > 1): N − 1 steps and, there, the denoised x̂0 = (x − σ ε̂)/α.
 
 def ddim(eps_model, x, sde, evaluations):
     """DDIM (Song, Meng and Ermon 2021, Eq. 12 with η = 0). x: (B, ...) -> (B, ...).
 
     Its times are quadratic, as its authors had them for CIFAR-10: short steps where noise is low.
     """
-    t = torch.linspace(1, math.sqrt(sde.t_min), evaluations, device=x.device).square()  # (N,)
+    root = torch.linspace(1, math.sqrt(sde.t_min), evaluations, device=x.device, dtype=x.dtype)
+    t = root.square()  # (N,)
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     for i in range(evaluations):
         eps = eps_model(x, t[i])
@@ -173,15 +177,17 @@ def ddim(eps_model, x, sde, evaluations):
 def euler_maruyama(eps_model, x, sde, evaluations):
     """Euler–Maruyama on the reverse SDE, times uniform in log-SNR. x: (B, ...) -> (B, ...).
 
-    dx = [−½ β x − β s_θ] dt + √β dw̄, backwards in t, with s_θ = −ε̂/σ (Song et al. 2021, SDE). On
-    a grid uniform in t the last step would leave noise of √(βh), a dozen grey levels at 50 steps.
+    dx = [−½ β x − β s_θ] dt + √β dw̄ with s_θ = −ε̂/σ (Song et al. 2021, SDE). Time falls by h in a
+    step, dt = −h, which turns the signs of the drift. On a grid uniform in t the last step would
+    leave noise of √(βh), a dozen grey levels at 50 steps.
     """
-    ell_min, ell_max = sde.log_snr_ends()
-    t = sde.time_at(torch.linspace(ell_min, ell_max, evaluations, device=x.device))  # (N,)
+    ell_1, ell_0 = sde.log_snr_ends()
+    ell = torch.linspace(ell_1, ell_0, evaluations, device=x.device, dtype=x.dtype)
+    t = sde.time_at(ell)  # (N,)
     for i in range(evaluations - 1):
-        h, beta = t[i] - t[i + 1], sde.g2(t[i])
+        h, g2 = t[i] - t[i + 1], sde.g2(t[i])
         score = -eps_model(x, t[i]) / sde.sigma(t[i])
-        x = x + h * beta * (0.5 * x + score) + (h * beta).sqrt() * torch.randn_like(x)
+        x = x + h * g2 * (0.5 * x + score) + (h * g2).sqrt() * torch.randn_like(x)
     return (x - sde.sigma(t[-1]) * eps_model(x, t[-1])) / sde.alpha(t[-1])
 
 
@@ -223,7 +229,8 @@ class Diffusion(nn.Module):
     weigh small t still more than g² does; the works it cites have λ = 1 on Eq. 1's ε-loss:
     "simple". "velocity" has it on the network's own output, ‖v − v̂‖² = ‖ε − ε̂‖²/α² (Salimans and
     Ho 2022), with times uniform in φ: half of all t have α² < 0.08, almost pure noise. Since
-    dφ = g² α/(2σ) dt, that is the λ of the table.
+    dφ = g² α/(2σ) dt, it minimises ∫ ‖ε − ε̂‖²/α² dφ = ∫ g²/(2ασ) ‖ε − ε̂‖² dt. Eq. 2 has λ/σ² in
+    that place, hence the λ of the table.
     """
 
     samplers = {"likelihood": (euler_maruyama, 100), "simple": (ddim, 20), "velocity": (ddim, 20)}
@@ -231,7 +238,7 @@ class Diffusion(nn.Module):
     def __init__(self, net, shape, sde=VPSDE(), weighting="likelihood", evaluations=None):
         super().__init__()
         if weighting not in self.samplers:
-            raise ValueError(f"unknown weighting {weighting!r}: choose from {list(self.samplers)}")
+            raise InputError(f"unknown weighting {weighting!r}: choose from {list(self.samplers)}")
         self.net = net
         self.shape = tuple(shape)
         self.sde = sde
@@ -261,53 +268,56 @@ class Diffusion(nn.Module):
 
     def draw_times(self, n, device):
         """(n,) times, each uniform on [t_min, 1] in what the table says."""
-        ell_min, ell_max = self.sde.log_snr_ends()  # at t = 1, at t_min
+        ell_1, ell_0 = self.sde.log_snr_ends()
         u = stratified(n, device)
         if self.weighting == "likelihood":
-            return self.sde.time_at(ell_min + (ell_max - ell_min) * u)
+            return self.sde.time_at(ell_1 + (ell_0 - ell_1) * u)
         if self.weighting == "simple":
             return self.sde.t_min + (1 - self.sde.t_min) * u
-        phi_min = math.atan(math.exp(-ell_max / 2))  # tan φ = σ/α = e^(−ℓ/2)
-        phi_max = math.atan(math.exp(-ell_min / 2))
-        phi = phi_min + (phi_max - phi_min) * u
+        phi_0 = math.atan(math.exp(-ell_0 / 2))  # tan φ = σ/α = e^(−ℓ/2)
+        phi_1 = math.atan(math.exp(-ell_1 / 2))
+        phi = phi_0 + (phi_1 - phi_0) * u
         return self.sde.time_at(-2 * phi.tan().log())  # ℓ = log α²/σ² = −2 log tan φ
 
     def log_prob(self, x, z=None, t=None, eps=None):
         """An estimate of a lower bound b(x, z) ≤ log p(x|z) in nats, or of what stands for it.
 
-        x: (B, *shape), z: (B, D) -> (B,). The surrogates are −½ E‖ε − ε̂‖² ("simple") and
+        x: (B, *shape), z: (B, D) -> (B,). Of "likelihood" (Song et al. 2021, MLE; Kingma et al.
+        2021) it is
+
+            b = −KL(q(x_t|x) ‖ N(0, I)) at t = 1
+                + E log N(x; x_t/α, σ²/α² I) at t = t_0
+                − ½ ∫ g²/σ² E‖ε − ε̂‖² dt from t_0 to 1
+
+        The integral is Eq. 2 with λ = g². Since g²/σ² = −dℓ/dt it is ℓ(t_0) − ℓ(1) times the mean
+        error over times uniform in ℓ. The surrogates are −½ E‖ε − ε̂‖² ("simple") and
         −½ E‖v − v̂‖² = −½ E‖ε − ε̂‖²/α² ("velocity"). t: (B,) and eps are given only to test it.
+        Deviation: Eq. 5 leaves out the first two terms of b and adds the third, which is at least
+        0 and without limit: what is to be a lower bound on log p(x) must subtract it.
         """
         eps = torch.randn_like(x) if eps is None else eps
-        t = self.draw_times(len(x), x.device) if t is None else t
+        t = self.draw_times(len(x), x.device).to(x.dtype) if t is None else t
         error = self.error(x, z, t, eps)  # (B,)
-        if self.weighting == "likelihood":
-            return self.bound(x, error)
         if self.weighting == "simple":
             return -0.5 * error
-        return -0.5 * error / self.sde.alpha(t).square()
+        if self.weighting == "velocity":
+            return -0.5 * error / self.sde.alpha(t).square()
+        ell_1, ell_0 = self.sde.log_snr_ends()
+        return self.terms_without_network(x) - 0.5 * (ell_0 - ell_1) * error
 
-    def bound(self, x, error):
-        """b(x, z) of Eq. 2 with λ = g², given ‖ε − ε̂‖² at times uniform in log-SNR: (B,) -> (B,).
+    def terms_without_network(self, x):
+        """The first two terms of b(x, z): (B, *shape) -> (B,), nats.
 
-        b = −KL(q(x_t|x) ‖ N(0, I)) at t = 1
-            + E log N(x; x_t/α, σ²/α² I) at t = t_0
-            − ½ ∫ g²/σ² E‖ε − ε̂‖² dt from t_0 to 1
-
-        (Song et al. 2021, MLE; Kingma et al. 2021). The integral is Eq. 2. Since g²/σ² = −dℓ/dt it
-        is (ℓ(t_0) − ℓ(1)) times the mean error over times uniform in ℓ. The second term needs no
-        network: x − x_t/α is noise of just that variance, so it is −½ (1 + log 2π σ²/α²) a
-        dimension.
-        Deviation: Eq. 5 leaves out the first two terms and adds the third, where it must subtract.
+        At t_0 the noise of x_t/α is known to have variance σ²/α², so that the expected log-density
+        is −½ (1 + log 2π σ²/α²) a dimension, a constant.
         """
-        ell_min, ell_max = self.sde.log_snr_ends()
+        _, ell_0 = self.sde.log_snr_ends()
         end = x.new_ones(())  # t = 1
         mean = self.sde.alpha(end) * x.flatten(1)  # (B, d)
-        logvar = 2 * self.sde.sigma(end).log()
-        prior = kl_divergence(mean, logvar)  # (B,)
-        reconstruction = -0.5 * mean.shape[1] * (1 + math.log(2 * math.pi) - ell_max)
-        score_matching = 0.5 * (ell_max - ell_min) * error  # (B,)
-        return reconstruction - prior - score_matching
+        kl_at_end = kl_divergence(mean, 2 * self.sde.sigma(end).log())  # (B,)
+        logvar_at_t0 = -ell_0  # log σ²/α²
+        reconstruction = -0.5 * mean.shape[1] * (1 + math.log(2 * math.pi) + logvar_at_t0)
+        return reconstruction - kl_at_end
 
     @torch.no_grad()
     def sample(self, z=None, n=None, noise=None, sampler=None, evaluations=None):
@@ -321,10 +331,10 @@ class Diffusion(nn.Module):
         if evaluations is None:
             evaluations = default_evaluations
         if evaluations < 1:
-            raise ValueError(f"{evaluations} evaluations: give at least 1")
+            raise InputError(f"{evaluations} evaluations: give at least 1")
         if noise is None:
-            device = next(self.parameters()).device if z is None else z.device
-            noise = torch.randn(n if z is None else len(z), *self.shape, device=device)
+            like = next(self.parameters()) if z is None else z  # its device, its precision
+            noise = like.new_empty(n if z is None else len(z), *self.shape).normal_()
 
         def eps_model(x_t, t):
             return self.predict_eps(x_t, z, t.expand(len(x_t)))
@@ -332,15 +342,239 @@ class Diffusion(nn.Module):
         return sampler(eps_model, noise, self.sde, evaluations)
 
 
-# ---- 5  Networks (§4.1, §4.2) --------------------------------------------------------------------
+# ---- 5  The multimodal ELBO (Eqs. 3 to 5) --------------------------------------------------------
+
+def bernoulli(logits):
+    """The likelihood of masks and attributes."""
+    return Bernoulli(logits=logits, validate_args=False)  # no synchronisation; fit checks the loss
+
+
+class CalibratedGaussian(nn.Module):
+    """mean -> N(mean, σ²) with one learned σ: a fair feed-forward baseline (Rybkin et al. 2021)."""
+
+    def __init__(self):
+        super().__init__()
+        self.logvar = nn.Parameter(torch.zeros(()))
+
+    def forward(self, mean):
+        return Normal(mean, (0.5 * self.logvar).exp(), validate_args=False)
+
+
+class FeedForward(nn.Module):
+    """p(x|z) by one pass. net: z -> parameters; likelihood: parameters -> a torch distribution."""
+
+    every_subset = True
+
+    def __init__(self, net, likelihood):
+        super().__init__()
+        self.net = net
+        self.likelihood = likelihood
+
+    def distribution(self, z):
+        """p(x|z) itself."""
+        p = self.likelihood(in_bf16(self.net, z))
+        inner = p
+        while isinstance(inner, Independent):
+            inner = inner.base_dist
+        if isinstance(inner, Categorical):
+            raise InputError("a Categorical has no mean: give x one-hot and a OneHotCategorical")
+        return p
+
+    def log_prob(self, x, z):
+        """log p(x|z) in nats, summed over dimensions: (B, ...), (B, D) -> (B,)."""
+        p = self.distribution(z)
+        expected = p.batch_shape + p.event_shape
+        if x.shape != expected:  # torch would broadcast it
+            raise InputError(f"x is {tuple(x.shape)}, where p(x|z) is of {tuple(expected)}")
+        return p.log_prob(x).reshape(len(z), -1).sum(1)
+
+    @torch.no_grad()
+    def sample(self, z):
+        """The mean of p(x|z), (B, ...); of binary x the probability, which F1 (§4.2) thresholds.
+
+        What varies is in z; sampling p(x|z) would only lay independent noise on every pixel.
+        """
+        return self.distribution(z).mean
+
+
+@dataclass
+class ELBO:
+    """The terms of Eq. 5 for each example, averaged over the subsets. All are nats but those of a
+    Diffusion whose weighting is a surrogate."""
+
+    log_prob: dict  # {modality: (B,)}, log p(x_i|z), or its bound where the decoder is a diffusion
+    kl: torch.Tensor  # (B,), KL(q(z|x_A) ‖ p(z))
+    beta: float  # weighs the KL
+    term_weights: dict  # {modality: w_i}, 1 where missing
+
+    @property
+    def bound(self):
+        """Σ_i log p(x_i|z) − KL, (B,): Eq. 5, if log_prob of every decoder is a bound."""
+        return sum(self.log_prob.values()) - self.kl
+
+    @property
+    def total(self):
+        """Σ_i w_i log p(x_i|z) − β KL, (B,): what is trained."""
+        terms = [self.term_weights.get(name, 1) * term for name, term in self.log_prob.items()]
+        return sum(terms) - self.beta * self.kl
+
+    def terms(self, objective="ELBO"):
+        """{objective: total, each modality, "KL"}, all (B,); give a surrogate another name."""
+        return {objective: self.total, **self.log_prob, "KL": self.kl}
+
+
+class DiffMVAE(nn.Module):
+    """The multimodal VAE of §3.2: {name: encoder}, {name: decoder} -> Eq. 5, any-to-any generation.
+
+    An encoder maps x_i to (mu, logvar), each (B, D). A decoder has log_prob(x_i, z) -> (B,), nats,
+    sample(z) -> x_i, and every_subset = True if it is cheap enough to decode all subsets in a step.
+    prior_expert multiplies p(z) into every product, as MVAE does (§2) and §3.3 does not. Deviation:
+    beta weighs the KL, and term_weights, {name: w_i}, the log p(x_i|z), as in MoPoE; Eq. 5 has only
+    1s.
+    """
+
+    def __init__(self, encoders, decoders, family="mopoe", beta=1.0, term_weights=None,
+                 prior_expert=False):
+        super().__init__()
+        columns = {"ELBO", "surrogate", "KL", "gradient", "step", "seconds"}  # of the history
+        reserved = columns & {*encoders, *decoders}
+        if reserved:
+            raise InputError(f"{min(reserved)} is the name of a term: call the modality otherwise")
+        self.term_weights = {} if term_weights is None else term_weights
+        check_names(self.term_weights, decoders, "decoder")
+        self.encoders = nn.ModuleDict(encoders)
+        self.decoders = nn.ModuleDict(decoders)
+        self.register_buffer("subsets", subsets(len(encoders), family), persistent=False)  # (S, M)
+        self.beta = beta
+        self.prior_expert = prior_expert
+
+    def experts(self, x):
+        """q(z|x_i) for each modality in x: mu, logvar, each (B, M, D)."""
+        check_names(x, self.encoders, "encoder")
+        each = [in_bf16(self.encoders[name], x[name]) for name in self.encoders if name in x]
+        means, logvars = zip(*each)  # M times (B, D)
+        return torch.stack(means, dim=1), torch.stack(logvars, dim=1)
+
+    def fuse(self, mu, logvar, present):
+        """q(z|x_A) ∝ ∏_{i∈A} q(z|x_i), with p(z) if prior_expert: (..., M, D) -> (..., D)."""
+        if self.prior_expert:
+            zeros = torch.zeros_like(mu[..., :1, :])  # p(z): μ = 0 and log σ² = 0
+            mu = torch.cat([mu, zeros], dim=-2)
+            logvar = torch.cat([logvar, zeros], dim=-2)
+            present = F.pad(present, (0, 1), value=True)
+        return product_of_experts(mu, logvar, present)
+
+    def posterior(self, x):
+        """q(z|x_o) given the observed modalities x, a dict (§3.3): mu, logvar, each (B, D)."""
+        if not x:
+            raise InputError("nothing is observed: give at least one modality, or sample the prior")
+        mu, logvar = self.experts(x)  # (B, M, D)
+        present = torch.ones(mu.shape[:2], dtype=torch.bool, device=mu.device)
+        return self.fuse(mu, logvar, present)
+
+    def divergence(self, mu, logvar, expert_mu, expert_logvar):
+        """KL(q(z|x_A) ‖ p(z)) of the products (B, S, D); the experts (B, M, D) are for MVTCAE."""
+        return kl_divergence(mu, logvar)  # (B, S)
+
+    def reconstruction(self, decoder, x, z, every_subset):
+        """Σ_A ω_A log p(x|z_A), or an unbiased estimate: z: (B, S, D) -> (B,).
+
+        Cheap decoders decode every subset; the others, if not asked to, one, drawn for each
+        example.
+        """
+        batch, size, _ = z.shape
+        if every_subset:
+            each = [decoder.log_prob(x, z[:, k]) for k in range(size)]  # S times (B,)
+            return torch.stack(each, dim=1).mean(1)
+        if getattr(decoder, "every_subset", False):
+            x = x.repeat_interleave(size, dim=0)  # (B S, ...)
+            return decoder.log_prob(x, z.flatten(0, 1)).view(batch, size).mean(1)
+        drawn = (size * stratified(batch, z.device)).long()  # (B,), each of 0 .. S − 1 alike likely
+        rows = torch.arange(batch, device=z.device)
+        return decoder.log_prob(x, z[rows, drawn])
+
+    def elbo(self, x, A=None, every_subset=False):
+        """Eq. 5 for x, {name: (B, ...)}: each decoder runs once, the KL is exact.
+
+        A Gaussian's KL needs no decoder, so it is averaged over all subsets: a mean of bounds on
+        log p(x) is a bound, and what can be summed need not be drawn. every_subset: every decoder
+        runs for every subset. A: (M,) bool takes this subset alone in place of the family.
+        """
+        if A is not None and not (A.any() or self.prior_expert):
+            raise InputError("A is empty: only the prior expert allows a subset of nothing")
+        family = self.subsets if A is None else A[None].to(self.subsets)  # (S, M)
+        expert_mu, expert_logvar = self.experts({name: x[name] for name in self.encoders})
+        mu, logvar = self.fuse(expert_mu[:, None], expert_logvar[:, None], family)  # (B, S, D)
+        divergence = self.divergence(mu, logvar, expert_mu, expert_logvar)  # (B, S)
+        z = sample_gaussian(mu, logvar)  # (B, S, D)
+        log_prob = {}
+        for name, decoder in self.decoders.items():
+            log_prob[name] = self.reconstruction(decoder, x[name], z, every_subset)  # (B,)
+        return ELBO(log_prob, divergence.mean(1), self.beta, self.term_weights)
+
+    def decode(self, z):
+        """A sample of every modality, {name: (B, ...)}; z may come from a posterior or a prior."""
+        return {name: decoder.sample(z) for name, decoder in self.decoders.items()}
+
+
+def check_names(given, known, kind):
+    """Refuse names in given that are not in known."""
+    unknown = given.keys() - known.keys()
+    if unknown:
+        raise InputError(f"no {kind} for {sorted(unknown)}: there are {list(known)}")
+
+
+# ---- 6  Latent prior (§3.4) ----------------------------------------------------------------------
+
+class LatentPrior(Diffusion):
+    """A diffusion on z_0 ~ q(z|x) = ∏_i q(z|x_i): where unconditional z come from.
+
+    It is trained after the model, on the finished encoders. Deviation: the default is the weighting
+    "velocity", the paper's is Eq. 1, "simple". shape: how the D latents are laid out for net, (D,)
+    for a ResidualMLP, and for the paper's UNets (1, 16, 16) (CelebA), (1, 768) (CUB). Deviation: z
+    is standardised; otherwise its scale would not fit the fixed noise schedule.
+    """
+
+    def __init__(self, net, shape, weighting="velocity"):
+        super().__init__(net, shape, weighting=weighting, evaluations=50)  # as in the paper
+        self.register_buffer("mean", torch.zeros(math.prod(shape)))
+        self.register_buffer("std", torch.ones(math.prod(shape)))
+
+    def standardise(self, mu, logvar):
+        """Take mean and deviation of z_0 ~ q(z|x) from a training set, mu, logvar: (N, D)."""
+        variance = mu.var(0, correction=0) + logvar.exp().mean(0)  # (D,), of the means and around
+        self.mean.copy_(mu.mean(0))
+        self.std.copy_(variance.sqrt())
+
+    def log_prob(self, z_0):
+        """The surrogate, −½ E‖ε − ε̂‖² of Eq. 1 or −½ E‖v − v̂‖², in standardised space: (B,)."""
+        return super().log_prob(((z_0 - self.mean) / self.std).view(-1, *self.shape))
+
+    def sample(self, n, **options):
+        """n latents, (n, D). options: as in Diffusion.sample."""
+        return super().sample(n=n, **options).flatten(1) * self.std + self.mean
+
+
+# ---- 7  Networks (§4.1, §4.2) --------------------------------------------------------------------
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 
 
-def group_norm(channels):
-    """At most 32 groups, of at least four channels where there are as many."""
-    return nn.GroupNorm(math.gcd(32, max(1, channels // 4), channels), channels)
+class GroupNorm(nn.GroupNorm):
+    """In the precision of what comes in: autocast would make a float32 copy of every activation,
+    and keep it for the backward pass. At most 32 groups, of at least four channels where there are
+    as many."""
+
+    def __init__(self, channels):
+        super().__init__(math.gcd(32, max(1, channels // 4), channels), channels)
+
+    def forward(self, x):
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):  # the kernel adds up in float32
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 def zeroed(layer):
@@ -368,7 +602,7 @@ class Attention(nn.Module):
     def __init__(self, channels, heads):
         super().__init__()
         self.heads = heads
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = zeroed(nn.Linear(channels, channels))
 
@@ -387,9 +621,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, dims, c_in, c_out, embedding=0, dropout=0.0, heads=0):
         super().__init__()
-        self.norm1 = group_norm(c_in)
+        self.norm1 = GroupNorm(c_in)
         self.conv1 = CONV[dims](c_in, c_out, 3, padding=1)
-        self.norm2 = group_norm(c_out)
+        self.norm2 = GroupNorm(c_out)
         self.conv2 = CONV[dims](c_out, c_out, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * c_out) if embedding else None
         self.dropout = nn.Dropout(dropout)
@@ -416,11 +650,24 @@ class UNet(nn.Module):
     picture that is linear in z, a first guess of x (as Pandey et al. 2022 do with a VAE's).
     attention: the levels that have it, 0 the finest; the middle has. A patch is one position inside
     (Hoogeboom et al. 2023).
+
+    The way up takes back, last first, all that the way down has kept. With multipliers (1, 2) and
+    blocks = 2 the channels are, in widths:
+
+        down   stem 1   block 1   block 1   halve 1   block 2   block 2
+        up     block 2 + 2 -> 2   block 2 + 2 -> 2   block 2 + 1 -> 2   double 2
+               block 2 + 1 -> 1   block 1 + 1 -> 1   block 1 + 1 -> 1   out
     """
 
     def __init__(self, dims, channels, size, width, multipliers, blocks=2, attention=(), heads=8,
                  dropout=0.0, z_dim=0, patch=1):
         super().__init__()
+        multiple = patch * 2 ** (len(multipliers) - 1)
+        if size % multiple:
+            raise InputError(f"size {size} cannot be halved so often: give a multiple of "
+                             f"{multiple}, a smaller patch or fewer multipliers")
+        if width % heads:
+            raise InputError(f"{width} channels for {heads} heads: give a multiple of {heads}")
         conv = CONV[dims]
         widths = [width * m for m in multipliers]
         embedding = max(256, 4 * width)
@@ -443,33 +690,35 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for level, w in enumerate(widths):
             attending = heads if level in attention else 0
-            stage = nn.ModuleList()
+            level_blocks = nn.ModuleList()
             for _ in range(blocks):
-                stage.append(block(c, w, attending))
+                level_blocks.append(block(c, w, attending))
                 skips.append(w)
                 c = w
             halve = None
             if level < last:
                 halve = conv(w, w, 3, stride=2, padding=1)
                 skips.append(w)
-            self.down.append(nn.ModuleList([stage, halve]))
+            self.down.append(nn.ModuleList([level_blocks, halve]))
 
         self.middle = nn.ModuleList([block(c, c, heads), block(c, c, 0)])
 
         self.up = nn.ModuleList()
         for level, w in reversed(list(enumerate(widths))):
             attending = heads if level in attention else 0
-            stage = nn.ModuleList()
+            level_blocks = nn.ModuleList()
             for _ in range(blocks + 1):
-                stage.append(block(c + skips.pop(), w, attending))
+                level_blocks.append(block(c + skips.pop(), w, attending))
                 c = w
             double = conv(w, w, 3, padding=1) if level > 0 else None
-            self.up.append(nn.ModuleList([stage, double]))
+            self.up.append(nn.ModuleList([level_blocks, double]))
 
         output = zeroed(TRANSPOSED[dims](c, channels, patch + 2, stride=patch, padding=1))
-        self.out = nn.Sequential(group_norm(c), nn.SiLU(), output)
+        self.out = nn.Sequential(GroupNorm(c), nn.SiLU(), output)
 
     def forward(self, x, log_snr, z=None):
+        if (z is None) != (self.embed_z is None):
+            raise InputError("z is given to a UNet of z_dim = 0, or missing for another")
         e = self.embed_time(log_snr)  # (B, embedding)
         if z is not None:
             e = e + self.embed_z(z)
@@ -477,8 +726,8 @@ class UNet(nn.Module):
         e = F.silu(e)
         h = self.stem(x)
         skips = [h]
-        for stage, halve in self.down:
-            for block in stage:
+        for level_blocks, halve in self.down:
+            for block in level_blocks:
                 h = block(h, e)
                 skips.append(h)
             if halve is not None:
@@ -486,8 +735,8 @@ class UNet(nn.Module):
                 skips.append(h)
         for block in self.middle:
             h = block(h, e)
-        for stage, double in self.up:
-            for block in stage:
+        for level_blocks, double in self.up:
+            for block in level_blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), e)
             if double is not None:
                 h = double(F.interpolate(h, scale_factor=2))
@@ -531,7 +780,7 @@ class ResidualMLP(nn.Module):
         return self.out(h)
 
 
-def spread(linear):
+def widen_means(linear):
     """The last layer of an encoder with the means' weights eight times as large as usual, for z to
     start about as wide as N(0, I): decoders then see sooner what is in it."""
     means, _ = linear.weight.data.chunk(2)
@@ -544,7 +793,7 @@ class Encoder(nn.Sequential):
 
     def __init__(self, *layers):
         super().__init__(*layers)
-        spread([layer for layer in self.modules() if isinstance(layer, nn.Linear)][-1])
+        widen_means([layer for layer in self.modules() if isinstance(layer, nn.Linear)][-1])
 
     def forward(self, x):
         return super().forward(x).chunk(2, dim=-1)
@@ -557,11 +806,14 @@ class ConvEncoder(Encoder):
     """
 
     def __init__(self, channels, size, latent_dim, widths):
+        if size % 2 ** len(widths):
+            raise InputError(f"size {size} cannot be halved {len(widths)} times: give a multiple "
+                             f"of {2 ** len(widths)}")
         layers = [nn.Conv2d(channels, widths[0], 5, padding=2), nn.AvgPool2d(2)]
         for c_in, c_out in itertools.pairwise(widths):
             layers += [ResBlock(2, c_in, c_out), nn.AvgPool2d(2)]
         side, c = size // 2 ** len(widths), widths[-1]
-        layers += [ResBlock(2, c, c), group_norm(c), nn.SiLU(), nn.Flatten()]
+        layers += [ResBlock(2, c, c), GroupNorm(c), nn.SiLU(), nn.Flatten()]
         super().__init__(*layers, nn.Linear(c * side * side, 2 * latent_dim))
 
 
@@ -575,7 +827,7 @@ class ConvDecoder(nn.Sequential):
         layers += [ResBlock(2, widths[-1], widths[-1])]
         for c_in, c_out in itertools.pairwise(widths[::-1]):
             layers += [nn.Upsample(scale_factor=2), ResBlock(2, c_in, c_out)]
-        layers += [nn.Upsample(scale_factor=2), group_norm(widths[0]), nn.SiLU()]
+        layers += [nn.Upsample(scale_factor=2), GroupNorm(widths[0]), nn.SiLU()]
         super().__init__(*layers, nn.Conv2d(widths[0], channels, 5, padding=2))
 
 
@@ -587,296 +839,83 @@ def mlp(*widths):
     return nn.Sequential(*layers[:-1])
 
 
-# ---- 6  The multimodal ELBO (Eqs. 3 to 5) --------------------------------------------------------
-
-def bernoulli(logits):
-    """The likelihood of masks and attributes."""
-    return Bernoulli(logits=logits, validate_args=False)  # no synchronisation; fit checks the loss
-
-
-class CalibratedGaussian(nn.Module):
-    """mean -> N(mean, σ²) with one learned σ: a fair feed-forward baseline (Rybkin et al. 2021)."""
-
-    def __init__(self):
-        super().__init__()
-        self.logvar = nn.Parameter(torch.zeros(()))
-
-    def forward(self, mean):
-        return Normal(mean, (0.5 * self.logvar).exp(), validate_args=False)
-
-
-class FeedForward(nn.Module):
-    """p(x|z) by one pass. net: z -> parameters; likelihood: parameters -> a torch distribution."""
-
-    every_subset = True
-
-    def __init__(self, net, likelihood):
-        super().__init__()
-        self.net = net
-        self.likelihood = likelihood
-
-    def distribution(self, z):
-        """p(x|z) itself."""
-        p = self.likelihood(in_bf16(self.net, z))
-        if isinstance(p, Categorical):
-            raise ValueError("a Categorical has no mean: give x one-hot and a OneHotCategorical")
-        return p
-
-    def log_prob(self, x, z):
-        """log p(x|z) in nats, summed over dimensions: (B, ...), (B, D) -> (B,)."""
-        return self.distribution(z).log_prob(x).reshape(len(z), -1).sum(1)
-
-    @torch.no_grad()
-    def sample(self, z):
-        """The mean of p(x|z), (B, ...); of binary x the probability, which F1 (§4.2) thresholds.
-
-        What varies is in z; sampling p(x|z) would only lay independent noise on every pixel.
-        """
-        return self.distribution(z).mean
-
-
-@dataclass
-class ELBO:
-    """The terms of Eq. 5 for each example, averaged over the subsets. All are nats but those of a
-    Diffusion whose weighting is a surrogate."""
-
-    log_prob: dict  # {modality: (B,)}, log p(x_i|z), or its bound where the decoder is a diffusion
-    kl: torch.Tensor  # (B,), KL(q(z|x_A) ‖ p(z))
-    beta: float  # 1 for the bound
-    weights: dict  # {modality: w_i}, 1 where missing, and everywhere for the bound
-
-    @property
-    def total(self):
-        """Σ_i w_i log p(x_i|z) − β KL, (B,)."""
-        terms = [self.weights.get(name, 1) * term for name, term in self.log_prob.items()]
-        return sum(terms) - self.beta * self.kl
-
-    def terms(self, objective="ELBO"):
-        """{objective: total, each modality, "KL"}, all (B,); give a surrogate another name."""
-        return {objective: self.total, **self.log_prob, "KL": self.kl}
-
-
-def without_gaps(x, observed):
-    """x with zeros for what is not observed: nothing of that, NaN or other, goes on from here."""
-    filled = dict(x)
-    for name in x.keys() & observed.keys():
-        there = with_dims(observed[name], x[name].ndim)  # (B, 1, ...)
-        filled[name] = torch.where(there, x[name], 0)
-    return filled
-
-
-def observed_subsets(family, there):
-    """A ∩ observed for each A and each example: family (S, M), there (B, M), all bool.
-
-    Returns subsets (B, S, M), and which are valid, (B, S). An A of which nothing is observed is
-    not; in its place stands all that is, so that there is a product to compute, and the averages
-    leave it out. (The empty A, which the prior expert allows, is valid.)
-    """
-    present = family & there[:, None]  # (B, S, M)
-    valid = present.any(-1) | ~family.any(-1)  # (B, S)
-    return torch.where(valid[..., None], present, there[:, None]), valid
-
-
-def mean_of_valid(values, valid):
-    """Σ_A ω_A values_A, ω_A uniform over the valid A: (B, S) twice -> (B,); 0 where none is."""
-    return (values * valid).sum(1) / valid.sum(1).clamp(min=1)
-
-
-def draw_valid(valid):
-    """One of the valid A for each example, all alike likely: (B, S) bool -> its index, (B,)."""
-    valid_first = valid.int().argsort(dim=1, descending=True, stable=True)  # (B, S), indices
-    k = (valid.sum(1) * stratified(len(valid), valid.device)).long()  # (B,), below their number
-    return valid_first.gather(1, k[:, None])[:, 0]
-
-
-class DiffMVAE(nn.Module):
-    """The multimodal VAE of §3.2: {name: encoder}, {name: decoder} -> Eq. 5, any-to-any generation.
-
-    An encoder maps x_i to (mu, logvar), each (B, D). A decoder has log_prob(x_i, z) -> (B,), nats,
-    sample(z) -> x_i, and every_subset = True if it is cheap enough to decode all subsets in a step.
-    prior_expert multiplies p(z) into every product, as MVAE does (§2) and §3.3 does not. Deviation:
-    beta weighs the KL, and weights, {name: w_i}, the log p(x_i|z), as in MoPoE; Eq. 5 has only 1s.
-
-    Examples may lack modalities: observed, {name: (B,) bool}, says which have one (all, of a name
-    that is not in it). In its gaps x may hold anything. Each A becomes A ∩ observed, and only what
-    is observed is reconstructed: then Eq. 5 bounds log p(x_observed).
-    """
-
-    def __init__(self, encoders, decoders, family="mopoe", beta=1.0, weights=None,
-                 prior_expert=False):
-        super().__init__()
-        columns = {"ELBO", "surrogate", "KL", "gradient", "step", "seconds"}  # of the history
-        reserved = columns & {*encoders, *decoders}
-        if reserved:
-            raise ValueError(f"{min(reserved)} is the name of a term: call the modality otherwise")
-        self.encoders = nn.ModuleDict(encoders)
-        self.decoders = nn.ModuleDict(decoders)
-        self.register_buffer("subsets", subsets(len(encoders), family), persistent=False)  # (S, M)
-        self.beta = beta
-        self.weights = {} if weights is None else weights
-        self.prior_expert = prior_expert
-
-    def experts(self, x, observed):
-        """q(z|x_i) for each modality in x: mu, logvar (B, M, D), and which are there, (B, M)."""
-        unknown = x.keys() - self.encoders.keys()
-        if unknown:
-            raise ValueError(f"no encoder for {sorted(unknown)}: there are {list(self.encoders)}")
-        means, logvars, there = [], [], []
-        for name in self.encoders:
-            if name in x:
-                mu, logvar = in_bf16(self.encoders[name], x[name])  # (B, D) each
-                means.append(mu)
-                logvars.append(logvar)
-                everywhere = torch.ones(len(mu), dtype=torch.bool, device=mu.device)
-                there.append(observed.get(name, everywhere))
-        there = torch.stack(there, dim=1)  # (B, M)
-        if observed and not self.prior_expert and not there.any(1).all():
-            raise ValueError("an example has nothing observed: only the prior expert allows that")
-        return torch.stack(means, dim=1), torch.stack(logvars, dim=1), there
-
-    def fuse(self, mu, logvar, present):
-        """q(z|x_A) ∝ ∏_{i∈A} q(z|x_i), with p(z) if prior_expert: (..., M, D) -> (..., D)."""
-        if self.prior_expert:
-            zeros = torch.zeros_like(mu[..., :1, :])  # p(z): μ = 0 and log σ² = 0
-            mu = torch.cat([mu, zeros], dim=-2)
-            logvar = torch.cat([logvar, zeros], dim=-2)
-            present = F.pad(present, (0, 1), value=True)
-        return product_of_experts(mu, logvar, present)
-
-    def posterior(self, x, observed=None):
-        """q(z|x_o) given the observed modalities x, a dict (§3.3): mu, logvar, each (B, D)."""
-        if not x:
-            raise ValueError("nothing is observed: give at least one modality, or sample the prior")
-        observed = {} if observed is None else observed
-        return self.fuse(*self.experts(without_gaps(x, observed), observed))
-
-    def divergence(self, mu, logvar, expert_mu, expert_logvar):
-        """KL(q(z|x_A) ‖ p(z)) of the products (B, S, D); the experts (B, M, D) are for MVTCAE."""
-        return kl_divergence(mu, logvar)  # (B, S)
-
-    def reconstruction(self, decoder, x, z, valid, exact):
-        """Σ_A ω_A E log p(x|z_A), or an unbiased estimate: z: (B, S, D), valid: (B, S) -> (B,).
-
-        Cheap decoders decode every subset; the others, if not exact, one, drawn for each example.
-        """
-        batch, size, _ = z.shape
-        if exact:
-            each = [decoder.log_prob(x, z[:, k]) for k in range(size)]
-            return mean_of_valid(torch.stack(each, dim=1), valid)
-        if getattr(decoder, "every_subset", False):
-            x = x.repeat_interleave(size, dim=0)  # (B S, ...)
-            each = decoder.log_prob(x, z.flatten(0, 1)).view(batch, size)
-            return mean_of_valid(each, valid)
-        rows = torch.arange(batch, device=z.device)
-        log_prob = decoder.log_prob(x, z[rows, draw_valid(valid)])  # (B,)
-        return torch.where(valid.any(1), log_prob, 0)
-
-    def elbo(self, x, observed=None, A=None, exact=False):
-        """Eq. 5 for x, {name: (B, ...)}: each decoder runs once, the KL is exact.
-
-        A Gaussian's KL needs no decoder, so it is averaged over all subsets: a mean of bounds on
-        log p(x) is a bound, and what can be summed need not be drawn. exact: every decoder runs for
-        every subset. A: (M,) bool takes this subset alone in place of the family.
-        """
-        if A is not None and not (A.any() or self.prior_expert):
-            raise ValueError("A is empty: only the prior expert allows a subset of nothing")
-        observed = {} if observed is None else observed
-        x = without_gaps(x, observed)
-        family = self.subsets if A is None else A[None].to(self.subsets)  # (S, M)
-        experts = self.experts({name: x[name] for name in self.encoders}, observed)
-        expert_mu, expert_logvar, there = experts  # (B, M, D) twice, (B, M)
-        present, valid = observed_subsets(family, there)  # (B, S, M), (B, S)
-        mu, logvar = self.fuse(expert_mu[:, None], expert_logvar[:, None], present)  # (B, S, D)
-        divergence = self.divergence(mu, logvar, expert_mu, expert_logvar)  # (B, S)
-        kl = mean_of_valid(divergence, valid)  # (B,)  Σ_A ω_A KL(q(z|x_A) ‖ p(z))
-        z = sample_gaussian(mu, logvar)  # (B, S, D)
-        log_prob = {}
-        for name, decoder in self.decoders.items():
-            term = self.reconstruction(decoder, x[name], z, valid, exact)  # (B,)
-            log_prob[name] = torch.where(observed[name], term, 0) if name in observed else term
-        return ELBO(log_prob, kl, self.beta, self.weights)
-
-    def full_elbo(self, x, observed=None):
-        """Eq. 5 at β = 1, without weights, every decoder run for every subset: the bound itself, if
-        log_prob of every decoder is one."""
-        elbo = self.elbo(x, observed, exact=True)
-        return ELBO(elbo.log_prob, elbo.kl, 1.0, {})
-
-    def decode(self, z):
-        """A sample of every modality, {name: (B, ...)}; z may come from a posterior or a prior."""
-        return {name: decoder.sample(z) for name, decoder in self.decoders.items()}
-
+# ---- 8  Variants: a baseline, and incomplete examples --------------------------------------------
 
 class MVTCAE(DiffMVAE):
     """The baseline of Hwang et al. 2021 (Tables 1 to 3), from the same parts; no bound on log p(x).
 
     (M − α)/M E[Σ_i log p(x_i|z)] − (1 − α) KL(q ‖ p(z)) − α/M Σ_i KL(q ‖ q(z|x_i)),  q = q(z|x)
 
-    with the product of all experts alone. α = 0 is the objective of MVAE. The first factor is in
-    the decoders' weights.
+    with the product of all experts alone; α = 0 is Eq. 5 for it. 0.9 is from earlier public code of
+    the paper's authors. The first factor is in the terms' weights.
     """
 
-    def __init__(self, encoders, decoders, alpha=0.9, beta=1.0, weights=None):
-        super().__init__(encoders, decoders, "mvae", beta, weights)
+    def __init__(self, encoders, decoders, alpha=0.9, beta=1.0, term_weights=None):
+        super().__init__(encoders, decoders, "mvae", beta, term_weights)
         self.alpha = alpha
         share = (len(encoders) - alpha) / len(encoders)
-        self.weights = {name: share * self.weights.get(name, 1) for name in decoders}
+        self.term_weights = {name: share * self.term_weights.get(name, 1) for name in decoders}
 
     def divergence(self, mu, logvar, expert_mu, expert_logvar):
+        """(1 − α) KL(q ‖ p(z)) + α/M Σ_i KL(q ‖ q(z|x_i)): (B, 1)."""
         to_prior = kl_divergence(mu, logvar)  # (B, 1)
         to_experts = kl_divergence(mu, logvar, expert_mu, expert_logvar)  # (B, M), q against each
         return (1 - self.alpha) * to_prior + self.alpha * to_experts.mean(1, keepdim=True)
 
-    def elbo(self, x, observed=None, A=None, exact=False):
-        if observed or A is not None:
-            raise ValueError("MVTCAE is defined for complete examples and the product of all")
-        return super().elbo(x, exact=exact)
+    def elbo(self, x, A=None, every_subset=False):
+        """The objective above, in the form of Eq. 5."""
+        if A is not None:
+            raise InputError("MVTCAE is defined for the product of all alone")
+        return super().elbo(x, every_subset=every_subset)
 
 
-# ---- 7  Latent prior (§3.4) ----------------------------------------------------------------------
+class IncompleteDiffMVAE(DiffMVAE):
+    """Eq. 5 for examples that lack modalities: a bound on log p(x_observed).
 
-class LatentPrior(Diffusion):
-    """A diffusion on z_0 ~ q(z|x) = ∏_i q(z|x_i): where unconditional z come from.
-
-    It is trained after the model, on the finished encoders. Deviation: the default is the weighting
-    "velocity", the paper's is Eq. 1, "simple". shape: how the D latents are laid out
-    for net, (D,) for a ResidualMLP, and for the paper's UNets (1, 16, 16) (CelebA), (1, 768) (CUB).
-    Deviation: z is standardised; otherwise its scale would not fit the fixed noise schedule.
+    observed: {name: (B,) bool} says of each modality in x which examples have it; in the gaps x may
+    hold anything, even NaN. Each A becomes A ∩ observed, what is then empty is dropped, the rest
+    have the same weight, and only what is observed is reconstructed. Every decoder runs for every
+    subset. Of an example of which nothing is observed all is NaN.
     """
 
-    def __init__(self, net, shape, weighting="velocity"):
-        super().__init__(net, shape, weighting=weighting, evaluations=50)  # as in the paper
-        self.register_buffer("mean", torch.zeros(math.prod(shape)))
-        self.register_buffer("std", torch.ones(math.prod(shape)))
+    def posterior(self, x, observed):
+        """q(z|x_o), x_o being what is observed of x: mu, logvar, each (B, D)."""
+        there = torch.stack([observed[name] for name in self.encoders if name in x], dim=1)
+        mu, logvar = self.experts(without_gaps(x, observed))  # (B, M, D)
+        return self.fuse(mu, logvar, there)
 
-    def standardise(self, mu, logvar):
-        """Take mean and deviation of z ~ q(z|x) from a training set, mu, logvar: (N, D)."""
-        variance = mu.var(0, correction=0) + logvar.exp().mean(0)  # (D,), of the means and around
-        self.mean.copy_(mu.mean(0))
-        self.std.copy_(variance.sqrt())
+    def elbo(self, x, observed):
+        """Eq. 5; the terms of what is not observed are 0."""
+        x = without_gaps(x, observed)
+        there = torch.stack([observed[name] for name in self.encoders], dim=1)[:, None]  # (B, 1, M)
+        present = self.subsets & there  # (B, S, M)  A ∩ observed
+        kept = present.any(-1)  # (B, S)
+        omega = kept / kept.sum(1, keepdim=True)  # (B, S)  ω_A
+        present = torch.where(kept[..., None], present, there)  # some product to compute
+        mu, logvar = self.experts({name: x[name] for name in self.encoders})
+        mu, logvar = self.fuse(mu[:, None], logvar[:, None], present)  # (B, S, D)
+        z = sample_gaussian(mu, logvar)  # (B, S, D)
+        log_prob = {}
+        for name, decoder in self.decoders.items():
+            each = torch.stack([decoder.log_prob(x[name], z_A) for z_A in z.unbind(1)], dim=1)
+            log_prob[name] = torch.where(observed[name], (omega * each).sum(1), 0)  # (B,)
+        kl = (omega * kl_divergence(mu, logvar)).sum(1)  # (B,)
+        return ELBO(log_prob, kl, self.beta, self.term_weights)
 
-    def log_prob(self, z):
-        """The surrogate, −½ E‖ε − ε̂‖² of Eq. 1 or −½ E‖v − v̂‖², in standardised space: (B,)."""
-        return super().log_prob(((z - self.mean) / self.std).view(-1, *self.shape))
 
-    def sample(self, n, **options):
-        """n latents, (n, D). options: as in Diffusion.sample."""
-        return super().sample(n=n, **options).flatten(1) * self.std + self.mean
+def without_gaps(x, observed):
+    """x with zeros for what is not observed: nothing of what stood there goes on from here."""
+    return {name: torch.where(with_dims(observed[name], value.ndim), value, 0)
+            for name, value in x.items()}
 
 
-# ---- 8  Training ---------------------------------------------------------------------------------
+# ---- 9  Training ---------------------------------------------------------------------------------
 
 STAGES = ("model", "prior")
-HISTORY = {"model": "history", "prior": "history-prior"}  # their files
 INTERVAL = 500  # steps between two checkpoints, or a hundredth of a long training
-HELD_OUT = 256  # examples at most on which the objective is watched
 READING = 20  # steps between two rows of the history, or a five-hundredth
 WARMUP, COOLDOWN = 100, 500  # first and last steps, in which the learning rate rises and falls
 CLIP = 1.0  # largest norm of the gradient
-
-
-class InputError(ValueError):
-    """Something the user can mend; the message names it and the cure."""
 
 
 def why(problem):
@@ -889,52 +928,45 @@ def save_checkpoint(path, state):
     """Write beside, then rename: path holds the old state or the new one, never half of it."""
     part = path.with_suffix(f".{os.getpid()}.part")  # another process may be writing its own
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as problem:  # RuntimeError: how torch says that a disk is full
-        if part.exists():  # in a file system that is read-only nothing may even be removed
+        with suppress(OSError):
             part.unlink()
         raise InputError(f"{path} cannot be written ({why(problem)}), what was there before is "
                          "whole: make room, or take another folder") from problem
 
 
-def read_checkpoint(path, *keys):
-    """What save_checkpoint wrote, a dict with these keys, on the CPU."""
+def read_checkpoint(path, settings=None):
+    """What save_checkpoint wrote, on the CPU; it must be of these settings, {name: value}."""
+    if not path.exists():
+        raise InputError(f"{path} is missing: that run has to be made first")
     try:
-        path.open("rb").close()
-    except FileNotFoundError as problem:
-        raise InputError(f"{path} is missing: that run has to be made first") from problem
-    except OSError as problem:
-        raise InputError(f"{path} cannot be opened ({why(problem)})") from problem
-    try:
-        state = torch.load(path, "cpu", weights_only=True, mmap=True)  # reads no more than is used
+        state = torch.load(path, "cpu", weights_only=True)
+        was = state["settings"]
     except MemoryError:
         raise
     except Exception as problem:  # torch has no class for what is not, or not all of, a checkpoint
-        raise InputError(f"{path} is damaged: remove it") from problem
-    if not isinstance(state, dict) or not set(keys) <= state.keys():
-        raise InputError(f"{path} is no such file of this program: remove it, or change the folder")
+        raise InputError(f"{path} cannot be read as a checkpoint ({why(problem)}): move it away, "
+                         "or take another folder") from problem
+    if settings is not None:
+        changes = []
+        for name in sorted(was.keys() | settings.keys()):
+            if was.get(name) != settings.get(name):
+                changes.append(f"{name} was {was.get(name)!r} and is {settings.get(name)!r}")
+        if changes:
+            raise InputError(f"{path} is of another run ({', '.join(changes)}): repeat its flags, "
+                             "and give it its data, or change --out")
     return state
 
 
-def restore(path, part, state):
-    """Load what the checkpoint path holds into a module or an optimiser."""
-    try:
-        part.load_state_dict(state)
-    except (RuntimeError, ValueError) as problem:  # names or shapes that part does not have
-        raise InputError(f"{path} is of other code, whose networks differ ({why(problem)}): train "
-                         "in another --out, or take that code") from problem
-
-
-def check_same(path, was, now):
-    """Refuse to go on from a checkpoint with other settings or other data, and name them."""
-    changes = []
-    for name in sorted(was.keys() | now.keys()):
-        if was.get(name) != now.get(name):
-            changes.append(f"{name} was {was.get(name)!r} and is {now.get(name)!r}")
-    if changes:
-        raise InputError(f"{path} is of another run ({', '.join(changes)}): repeat its flags, and "
-                         "give it its data, or change --out")
+def checksum(data):
+    """How many examples, and a checksum of all that they hold: what a checkpoint was trained on."""
+    crc = 0
+    for name in sorted(data):
+        crc = zlib.crc32(data[name].cpu().contiguous().numpy(), crc)
+    return f"{len(data[name])}, checksum {crc:08x}"
 
 
 def seed_at(seed, stage, step):
@@ -942,157 +974,134 @@ def seed_at(seed, stage, step):
     return int(np.random.SeedSequence((seed, STAGES.index(stage), step)).generate_state(1)[0])
 
 
+def own_random_numbers():
+    """A context after which torch's generators are as they were before."""
+    return torch.random.fork_rng(range(torch.cuda.device_count()))
+
+
 @contextmanager
 def interruptible():
-    """An event that Ctrl-C sets, so that the step under way can be finished and saved."""
-    pressed = threading.Event()
+    """A list in which Ctrl-C and SIGTERM leave their numbers, so that the step under way can be
+    finished and saved."""
+    received = []
     if threading.current_thread() is not threading.main_thread():
-        yield pressed  # only the main thread may catch signals; there Ctrl-C is as usual
+        yield received  # only the main thread may catch signals; there they act as usual
         return
-    usual = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+
+    def note(number, frame):
+        received.append(number)
+
+    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield pressed
+        yield received
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
-class Sums:
-    """Running sums of named scalars. They stay on the device: only means waits for it."""
-
-    def __init__(self):
-        self.named, self.steps = {}, 0
-
-    def add(self, named):
-        for name, value in named.items():
-            self.named[name] = self.named.get(name, 0) + value.detach()
-        self.steps += 1
-
-    def means(self, step, path):
-        """{name: float} since the last call, or a FloatingPointError that names what broke."""
-        values = (torch.stack(list(self.named.values())) / self.steps).tolist()
-        means = dict(zip(self.named, values))
-        broken = [name for name, value in means.items() if not math.isfinite(value)]
-        if broken:
-            kept = f"{path} is kept; " if path.exists() else ""
-            raise FloatingPointError(f"{', '.join(broken)} not finite before step {step}: {kept}"
-                                     "lower the learning rate or look at the data")
-        self.named, self.steps = {}, 0
-        return means
+@torch.no_grad()
+def update_average(averaged, model, decay):
+    """averaged ← decay · averaged + (1 − decay) · model; what is no parameter, such as the
+    statistics of batch norm, is copied."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+    for average, buffer in zip(averaged.buffers(), model.buffers()):
+        average.copy_(buffer)
 
 
-class Trainee:
-    """A model with its optimiser and its moving average, which is the model from training on.
-
-    rates: [(module, learning rate)] of its parts.
-    """
-
-    def __init__(self, model, rates, decay):
-        self.model = model.train()
-        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
-        self.weights = list(model.parameters())
-        self.averages = list(self.averaged.parameters())
-        self.rates = [rate for _, rate in rates]
-        groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
-        self.decay = decay
-
-    def update(self, objective, step, steps):
-        """Ascend the objective, a scalar; return the gradient's norm."""
-        self.optimizer.zero_grad()
-        (-objective).backward()
-        norm = nn.utils.clip_grad_norm_(self.weights, CLIP)
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * min(1, (step + 1) / WARMUP, (steps - step) / COOLDOWN)
-        self.optimizer.step()
-        decay = min(self.decay, (1 + step) / (10 + step))  # the first weights are soon forgotten
-        with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
-        return norm
-
-    def parts(self):
-        """All that changes in training."""
-        return {"model": self.model, "averaged": self.averaged, "optimizer": self.optimizer}
-
-    def state(self):
-        """Of the parts, for a checkpoint."""
-        return {name: part.state_dict() for name, part in self.parts().items()}
+def finite_means(sums, steps, last):
+    """{name: sum / steps} as floats, or a FloatingPointError that names what broke before last."""
+    means = (torch.stack(list(sums.values())) / steps).tolist()  # here the device is waited for
+    broken = [name for name, mean in zip(sums, means) if not math.isfinite(mean)]
+    if broken:
+        raise FloatingPointError(f"{', '.join(broken)} not finite before step {last}: lower the "
+                                 "learning rate or look at the data; what was saved is kept")
+    return dict(zip(sums, means))
 
 
-def save_history(checkpoint, history):
-    """The rows of a training so far, [{term: float}], as a CSV file and as a picture of curves."""
-    name = HISTORY[checkpoint.stem]
+def save_history(path, history):
+    """The rows of a training so far, [{term: float}], beside its checkpoint path: a CSV file and a
+    picture of curves."""
     columns = list(dict.fromkeys(column for row in history for column in row))
-    with open(checkpoint.with_name(f"{name}.csv"), "w", newline="", encoding="utf-8") as file:
+    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(history)
-    save_curves(checkpoint.with_name(f"{name}.png"), history)
+    save_curves(path.with_suffix(".png"), history)
 
 
-def resume(path, settings, trainee):
-    """Load a checkpoint of the same settings into trainee; its step, seconds and history."""
-    if not path.exists():
-        return 0, 0.0, []
-    state = read_checkpoint(path, "settings")
-    check_same(path, state["settings"], settings)
-    for name, part in trainee.parts().items():
-        restore(path, part, state[name])
-    return state["step"], state["seconds"], state["history"]
+def look(path, history, averaged, watch):
+    """What comes after a checkpoint is only to be looked at, and ends no training."""
+    try:
+        if watch is not None:
+            history[-1].update(watch(averaged))
+        save_history(path, history)
+    except OSError as problem:
+        tqdm.write(f"{problem}: training goes on")
 
 
-def fit(s, stage, model, terms, objective, *, num_examples, steps, batch_size, rates, contents="",
-        held_out=None, preview=None):
+def fit(s, stage, model, rates, terms, objective, data, watch=None):
     """Train model with Adam; return its moving average, the model from then on, and the seconds.
 
-    The checkpoint is s.out/stage.pt. terms(indices) -> {name: (B,)}, named terms of a batch; that
-    named objective is maximised, all are shown. rates: [(module, learning rate)]. contents: a
-    checksum of what it must have been trained on. At each checkpoint held_out(averaged), a float,
-    joins the history, and preview(averaged) follows. From a checkpoint training goes on and ends as
-    if never interrupted: a step draws all its randomness from (seed, stage, step).
+    s: settings; stage: "model" or "prior"; rates: [(module, learning rate)]. data: {name: (N,
+    ...)}, the examples; terms(indices) -> {name: (B,)} of a batch, of which objective is maximised.
+    After each checkpoint, s.out/stage.pt, watch(averaged) -> {name: float} joins the history. From
+    there training goes on as if never interrupted: each step is seeded by (seed, stage, step).
     """
     path = Path(s.out) / f"{stage}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {**s.fixed(stage), "examples": contents}
-    trainee = Trainee(model, rates, s.ema)
-    step, seconds, history = resume(path, settings, trainee)
+    settings = {**s.training_settings(stage), "examples": checksum(data)}
+    n, (steps, batch_size) = len(next(iter(data.values()))), s.length(stage)
+    averaged = copy.deepcopy(model.train()).eval().requires_grad_(False)
+    groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates]
+    optimizer = torch.optim.Adam(groups, fused=True)
+    parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
+    state = {"step": 0, "seconds": 0.0, "history": []}
+    if path.exists():
+        state = read_checkpoint(path, settings)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    step, seconds, history = (state[name] for name in ("step", "seconds", "history"))
     interval, reading = max(INTERVAL, steps // 100), max(READING, steps // 500)
-    sums = Sums()
-    progress = tqdm(desc=stage, total=steps, initial=step, unit=" examples", unit_scale=batch_size)
-    with interruptible() as stopped, progress as bar:
-        started = time.monotonic() - seconds
+    last_row, sums = step, {}
+    started = time.monotonic() - seconds
+    bar = tqdm(desc=stage, total=steps, initial=step, unit=" examples", unit_scale=batch_size)
+    with own_random_numbers(), interruptible() as signals, bar:
         while step < steps:
             torch.manual_seed(seed_at(s.seed, stage, step))
-            indices = torch.randint(num_examples, (batch_size,), device=s.device)
+            indices = torch.randint(n, (batch_size,), device=s.device)
             named = {name: term.mean() for name, term in terms(indices).items()}
-            named["gradient"] = trainee.update(named[objective], step, steps)
-            sums.add(named)
+            optimizer.zero_grad()
+            (-named[objective]).backward()
+            named["gradient"] = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            factor = min(1, (step + 1) / WARMUP, (steps - step) / COOLDOWN)
+            for group, (_, rate) in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * factor
+            optimizer.step()
+            decay = min(s.ema, (1 + step) / (10 + step))  # the first weights are soon forgotten
+            update_average(averaged, model, decay)
+            for name, value in named.items():
+                sums[name] = sums.get(name, 0) + value.detach()
             step += 1
             bar.update()
-            at_checkpoint = stopped.is_set() or step == steps or step % interval == 0
-            at_reading = at_checkpoint or step % reading == 0
-            if not at_reading:
-                continue
-            seconds = time.monotonic() - started
-            means = sums.means(step, path)
-            bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
-            row = {"step": step, "seconds": round(seconds, 2), **means}
-            if at_checkpoint and held_out is not None:
-                row[f"held-out {objective}"] = held_out(trainee.averaged)
-            history.append(row)
+            at_checkpoint = step == steps or step % interval == 0 or len(signals) > 0
+            if at_checkpoint or step % reading == 0:
+                seconds = time.monotonic() - started
+                means = finite_means(sums, step - last_row, step)
+                bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
+                history.append({"step": step, "seconds": round(seconds, 2), **means})
+                sums, last_row = {}, step
             if at_checkpoint:
-                about = {"step": step, "seconds": seconds, "settings": settings, "history": history}
-                save_checkpoint(path, {**about, **trainee.state()})
-                save_history(path, history)
-                if stopped.is_set():
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state.update(step=step, seconds=seconds, settings=settings, history=history)
+                save_checkpoint(path, state)
+                look(path, history, averaged, None if signals else watch)
+                if signals:
                     raise KeyboardInterrupt(f"stopped after step {step}, saved in {path}: run it "
-                                            "again")
-                if preview is not None:
-                    preview(trainee.averaged)
+                                            "again", signals[0])
                 started = time.monotonic() - seconds
-    return trainee.averaged, seconds
+    return averaged, seconds
 
 
-# ---- 9  Measures and pictures (§4) ---------------------------------------------------------------
+# ---- 10  Measures and pictures (§4) --------------------------------------------------------------
 
 def f1_score(predicted, actual):
     """Sample-average F1 (§4.2): 2 TP / (2 TP + FP + FN) of each example, 0 where both are empty;
@@ -1107,6 +1116,8 @@ def f1_score(predicted, actual):
 def frechet_distance(a, b):
     """‖m_a − m_b‖² + tr(C_a + C_b − 2 (C_a C_b)^½) for features (N, d); FID on Inception's."""
     a, b = a.cpu().double(), b.cpu().double()
+    if not (a.isfinite().all() and b.isfinite().all()):  # some eigenvalue routines crash on these
+        raise FloatingPointError("features are not finite: look at the pictures")
     cov_a, cov_b = a.T.cov(), b.T.cov()
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # eigenvalues are ≥ 0
     means = (a.mean(0) - b.mean(0)).square().sum()
@@ -1122,6 +1133,49 @@ def in_batches(f, data, label, size=250):
         piece = {name: x[start : start + size] for name, x in data.items()}
         results.append(f(piece))
     return [torch.cat(parts) for parts in zip(*results)]
+
+
+def median3(x):
+    """The median of each 3 × 3 pixels: grain goes, edges stay. x: (N, C, H, W)."""
+    windows = F.unfold(F.pad(x, (1, 1, 1, 1), "replicate"), 3)  # (N, 9 C, H W)
+    return windows.unflatten(1, (x.shape[1], 9)).median(2).values.view(x.shape)
+
+
+def contrasts(pictures):
+    """The energy of the gradient of pictures without their grain, and the energy of that grain."""
+    smooth = in_batches(lambda rows: [median3(rows["x"])], {"x": pictures}, "filtering")[0]
+    edges = sum(smooth.diff(dim=d).square().mean().item() for d in (2, 3))
+    return edges, (pictures - smooth).square().mean().item()
+
+
+def features(judge, pictures):
+    """What a Supervised model makes of pictures, the means of its q(z|image): (n, D)."""
+    return in_batches(judge.posterior, {"image": pictures.clamp(-1, 1)}, "judging")[0]
+
+
+def judged(judge, made, real):
+    """What Supervised says of generated pictures, {given: {measure: value}}.
+
+    judge: its model; made: {given: (n, 3, H, W)}; real: (N, 3, H, W), in which none of made may be.
+    Fréchet distance: of its features to those of real. They are nearly blind to blur, so
+    beside it sharpness, the energy of the gradient of the pictures after a 3 × 3 median, and grain,
+    of what the median takes off, both over those of real pictures.
+    """
+    of_real, (edges, grain) = features(judge, real), contrasts(real)
+    if edges == 0 or grain == 0:
+        raise InputError("the real pictures are flat, so that no sharpness can be measured: look "
+                         "at the data")
+    table = {}
+    for given, pictures in made.items():
+        own_edges, own_grain = contrasts(pictures.clamp(-1, 1))
+        table[given] = {
+            "Fréchet distance": frechet_distance(features(judge, pictures), of_real),
+            "sharpness": own_edges / edges,
+            "grain": own_grain / grain,
+        }
+    return table
+
+
 
 
 def to_bytes(pictures):
@@ -1190,85 +1244,122 @@ def save_curves(path, history, width=600, height=120):
     draw.text((width - 90, 4), f"{last} steps", "grey")
     sheet.save(path)
 
+# ---- 11  What both scripts share: settings, networks, both stages of training, tables, files -----
 
-# ---- 10  What both scripts share: settings, networks, both stages of training, tables, files -----
+class SteadyStream:
+    """A stream for people to read: what cannot be written, because a pipe is closed or the terminal
+    lacks a letter, is left out, as no training may end for that."""
 
-def option(help, drawn, real=None, *, small=None, least=0, most=math.inf, **flag):
-    """A setting that is also a flag: help; defaults for drawn data, for real data, and for real
-    data with --small (drawn's, unless others are given); the least and the most that it may be;
-    flag: what else argparse needs of it, such as choices."""
-    real = drawn if real is None else real
-    small = drawn if small is None else small
-    defaults = {"drawn": drawn, "real": real, "small": small}
-    if real != drawn or small != drawn:
-        each = [f"{value} {kind}" for kind, value in defaults.items()]
-        help = f"{help} (default: {', '.join(each)})"
-    elif drawn not in (None, "", []):
-        help = f"{help} (default: {drawn})"
-    meta = {**defaults, "least": least, "most": most, "flag": flag, "help": help}
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        with suppress(OSError):
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):  # all else, such as isatty
+        return getattr(self.stream, name)
+
+
+def option(help, default=None, *, least=None, most=math.inf, **flag):
+    """A setting that is also a flag: help; default, or None where the table Settings.defaults has
+    one for each kind of data; the least that it may be (1, or 0 if it is no whole number) and the
+    most; flag: what else argparse needs of it, such as choices."""
+    meta = {"help": help, "default": default, "least": least, "most": most, "flag": flag}
     return field(default=None, metadata=meta)
 
 
 @dataclass
 class Settings:
-    """What both scripts can be told. Each adds what differs: out, size, steps, batch_size, weight,
-    latent_dim, channels, multipliers, vae_rate. Nothing given (None) means the default."""
+    """What both scripts can be told. Nothing given (None) means the default."""
 
     data: str = option("folder of the real data; without it data are drawn", "")
     small: bool = option("real data on a CPU: takes the defaults called small below", False,
                          action=BooleanOptionalAction)
+    out: str = option("folder for checkpoints, numbers and pictures")
+    judge: str = option("folder of a Supervised run, by which generated pictures are measured", "")
     export: str = option("folder for PNGs of real and generated pictures, as for FID", "")
     report: list = option("folders of finished runs: print their tables and stop", [], nargs="+",
                           type=str)
-    seed: int = option("seed of all randomness", 0, most=2**63 - 1)
+    seed: int = option("seed of all randomness", 0, least=0, most=2**63 - 1)
     device: str = option("cuda, mps or cpu", "cuda" if torch.cuda.is_available() else "cpu")
-    weighting: str = option("likelihood: Diff-MVAE, a bound; the others: Diff-MVAE*", "velocity",
-                            "simple", choices=tuple(Diffusion.samplers))
+    compile: bool = option("compile the model's networks for its training; takes minutes",
+                           action=BooleanOptionalAction)
+    size: int = option("side of the pictures in pixels")
+    steps: int = option("training steps of Diff-MVAE")
+    batch_size: int = option("examples in a step")
+    weighting: str = option("likelihood: Diff-MVAE, a bound; the others: Diff-MVAE*",
+                            choices=tuple(Diffusion.samplers))
     family: str = option("subsets that are trained; mvtcae: that objective", "mopoe",
                          choices=("mopoe", "mvae", "mmvae", "mvtcae"))
-    decoder: str = option("of images; feedforward: baseline MoPoE*", "diffusion",
-                          choices=("diffusion", "feedforward"))
-    beta: float = option("weight of the KL (default: 1 where all is in nats, or 0.01)", None)
-    observed: float = option("share of the training examples that have more than a picture", 1.0,
-                             most=1)
-    gaps: bool = option("take real data that lack something, too", False,
-                        action=BooleanOptionalAction)
-    mirror: bool = option("mirror half of the training pictures, masks with them", False,
-                          small=True, action=BooleanOptionalAction)
-    patch: int = option("side in pixels of what the UNet takes for one pixel", 2, 1, least=1)
-    attention: int = option("side at which the UNet attends, besides its middle", 0, 16)
-    dropout: float = option("in the UNet", 0.0, 0.1, most=1)
-    encoder_channels: int = option("channels of the encoders at half size", 16, 64, small=8,
-                                   least=2)
-    rate: float = option("learning rate of the image decoder", 1e-3, 1e-4)
-    ema: float = option("decay of the averaged weights", 0.995, 0.9999, small=0.999, most=1)
+    decoder: str = option("of images; feedforward: baseline MoPoE*; none: Supervised", "diffusion",
+                          choices=("diffusion", "feedforward", "none"))
+    beta: float = option("weight of the KL (default: 1 where all is in nats, or 0.01)")
+    weight: float = option("weight of log p of the attributes, or the caption (default: 1 where "
+                           "all is in nats, or 10 and 5)")
+    latent_dim: int = option("dimensions of z, an even number, of faces squared")
+    mirror: bool = option("mirror half of the training pictures, masks with them",
+                          action=BooleanOptionalAction)
+    patch: int = option("side in pixels of what the UNet takes for one pixel")
+    channels: int = option("channels of the UNet at its first level, a multiple of 8")
+    multipliers: list = option("their multiple at each level", nargs="+", type=int)
+    attention: int = option("side at which the UNet attends, besides its middle; 0: none", least=0)
+    dropout: float = option("in the UNet", most=1)
+    encoder_channels: int = option("channels of the encoders at half size, an even number")
+    rate: float = option("learning rate of the image decoder")
+    vae_rate: float = option("learning rate of the encoders and other decoders")
+    ema: float = option("decay of the averaged weights", most=1)
     prior_net: str = option("network of the latent prior; unet: the paper's", "mlp",
                             choices=("mlp", "unet"))
-    prior_steps: int = option("training steps of the latent prior", 4000, 10_000, least=1)
-    prior_batch: int = option("latents in such a step", 256, least=1)
-    prior_rate: float = option("its learning rate", 2e-3, 1e-3)
-    evaluations: int = option("of the network for a picture (default: 20, or 100 for a bound)",
-                              None, least=1)
-    measured: int = option("pictures generated of each kind for the tables", 256, 6000, least=2)
+    prior_steps: int = option("training steps of the latent prior")
+    prior_batch: int = option("latents in such a step", 256)
+    prior_rate: float = option("its learning rate")
+    evaluations: int = option("of the network for a picture (default: 20, or 100 for a bound)")
+    measured: int = option("pictures generated of each kind for the tables", least=2)
 
-    # What may change in a run; small only chooses defaults.
-    free = ("out", "export", "report", "device", "evaluations", "measured", "small")
+    kinds = ("drawn", "real", "small")  # drawn data, real data, real data with --small
+    defaults = {  # one for each kind; the scripts' tables have the others
+        "compile": (False, torch.cuda.is_available(), False),
+        "weighting": ("velocity", "simple", "velocity"),
+        "mirror": (False, False, True),
+        "patch": (2, 1, 2),
+        "attention": (0, 8, 0),
+        "dropout": (0.0, 0.1, 0.0),
+        "encoder_channels": (16, 64, 8),
+        "rate": (1e-3, 1e-4, 1e-3),
+        "ema": (0.995, 0.9999, 0.999),
+        "prior_steps": (4000, 10_000, 4000),
+        "prior_rate": (2e-3, 1e-3, 2e-3),
+        "measured": (256, 6000, 256),
+    }
     surrogate_weight = 1.0  # default weight where the picture's term is a surrogate, not nats
+    # What may change in a run; small only chooses defaults.
+    free = ("out", "judge", "export", "report", "device", "compile", "evaluations", "measured",
+            "small")
 
     def __post_init__(self):
         if self.small and not self.data:
             raise InputError("--small is for real data: give their folder with --data")
-        kind = "drawn"
+        kind = 0
         if self.data:
-            kind = "small" if self.small else "real"
+            kind = 2 if self.small else 1
         for setting in fields(self):
-            if getattr(self, setting.name) is None:
-                setattr(self, setting.name, setting.metadata[kind])
-            check_ends(setting, getattr(self, setting.name))
-        if self.beta is None:
-            self.beta = 1.0 if self.in_nats else 0.01
-        if self.weight is None:
-            self.weight = 1.0 if self.in_nats else self.surrogate_weight
+            value = getattr(self, setting.name)
+            if value is None:
+                value = self.defaults_of(setting)[kind]
+            setattr(self, setting.name, checked(setting, value))
+        if self.decoder == "none" and (self.judge or self.export):
+            raise InputError("--decoder none draws no pictures: leave out --judge and --export")
+
+    @classmethod
+    def defaults_of(cls, setting):
+        """Its defaults for drawn, real and small."""
+        return cls.defaults.get(setting.name, 3 * [setting.metadata["default"]])
 
     @classmethod
     def parse(cls, description):
@@ -1276,16 +1367,40 @@ class Settings:
         parser = ArgumentParser(description=description,
                                 formatter_class=RawDescriptionHelpFormatter)
         for setting in fields(cls):
-            flag = {"help": setting.metadata["help"], **setting.metadata["flag"]}
-            if "action" not in flag:
-                flag.setdefault("type", setting.type)
-            parser.add_argument(flag_name(setting), default=None, **flag)
+            flag = dict(setting.metadata["flag"])
+            if "action" not in flag and "type" not in flag:
+                flag["type"] = setting.type
+            help, defaults = setting.metadata["help"], cls.defaults_of(setting)
+            if setting.name in cls.defaults:
+                each = [f"{value} {kind}" for kind, value in zip(cls.kinds, defaults)]
+                help = f"{help} (default: {', '.join(each)})"
+            elif defaults[0] not in (None, "", []):
+                help = f"{help} (default: {defaults[0]})"
+            parser.add_argument(flag_name(setting), default=None, help=help, **flag)
         return cls(**vars(parser.parse_args()))
 
     @property
     def in_nats(self):
-        """Whether every decoder's term is a log-likelihood, or a bound of one."""
-        return self.decoder == "feedforward" or self.weighting == "likelihood"
+        """Whether the image's term is a log-likelihood, or a bound of one; all others are."""
+        if self.decoder == "diffusion":
+            return self.weighting == "likelihood"
+        return self.decoder == "feedforward"
+
+    @property
+    def kl_weight(self):
+        """β, the given one or its default."""
+        if self.beta is not None:
+            return self.beta
+        if self.decoder == "none":
+            return 0.0
+        return 1.0 if self.in_nats else 0.01
+
+    @property
+    def label_weight(self):
+        """Of log p of what is not the image, the given one or its default."""
+        if self.weight is not None:
+            return self.weight
+        return 1.0 if self.in_nats else self.surrogate_weight
 
     @property
     def is_bound(self):
@@ -1293,22 +1408,40 @@ class Settings:
         return self.in_nats and self.family != "mvtcae"
 
     @property
+    def objective(self):
+        """What is trained: "ELBO" where it is the bound itself."""
+        if self.is_bound and self.kl_weight == 1 and self.label_weight == 1:
+            return "ELBO"
+        return "surrogate"
+
+    @property
     def method(self):
         """A name as in the paper's tables. The star of a baseline says: with the networks of
         Diff-MVAE*, as in the paper's MoPoE*."""
+        if self.decoder == "none":
+            return "Supervised"
         if self.decoder == "feedforward":
-            names = {"mopoe": "MoPoE*", "mvae": "MVAE*", "mmvae": "MMVAE*", "mvtcae": "MVTCAE*"}
+            names = {"mopoe": "MoPoE*", "mvae": "full product*", "mmvae": "MMVAE*",
+                     "mvtcae": "MVTCAE*"}
             return names[self.family]
         name = "Diff-MVAE" if self.weighting == "likelihood" else "Diff-MVAE*"
         return name if self.family == "mopoe" else f"{name}, {self.family}"
 
-    def fixed(self, stage):
+    def length(self, stage):
+        """Steps of a stage, and the size of its batches."""
+        if stage == "model":
+            return self.steps, self.batch_size
+        return self.prior_steps, self.prior_batch
+
+    def training_settings(self, stage):
         """What a checkpoint and a run that goes on from it must have in common."""
-        settings = {"data": Path(self.data).resolve().name if self.data else ""}
+        settings = {}
         for name, value in asdict(self).items():
-            later = stage == "model" and name.startswith("prior_")
-            if name not in (*self.free, "data") and not later:
+            of_prior = name.startswith("prior_")
+            if name not in self.free and (stage == "prior" or not of_prior):
                 settings[name] = value
+        settings["data"] = Path(self.data).resolve().name if self.data else ""
+        settings["beta"], settings["weight"] = self.kl_weight, self.label_weight
         return settings
 
 
@@ -1317,106 +1450,69 @@ def flag_name(setting):
     return "--" + setting.name.replace("_", "-")
 
 
-def check_ends(setting, value):
-    """Refuse numbers beyond a setting's ends, NaN and infinity."""
-    least, most = setting.metadata["least"], setting.metadata["most"]
-    for number in value if isinstance(value, list) else [value]:
-        if not isinstance(number, (int, float)):
-            continue
-        if not least <= number <= most or number == math.inf:
+def checked(setting, value):
+    """value as the setting's type (a Path becomes a str, numpy's numbers Python's); refused where
+    it is no choice or beyond the limits."""
+    if value is None:
+        return None
+    flag, least, most = (setting.metadata[name] for name in ("flag", "least", "most"))
+    kind = flag.get("type", setting.type)  # of one, where there is a list
+    if least is None:
+        least = 1 if kind is int else 0
+    items = value if setting.type is list else [value]
+    for item in items:
+        if item not in flag.get("choices", [item]):
+            raise InputError(f"{flag_name(setting)} {value}: choose from {flag['choices']}")
+        if kind in (int, float) and (not least <= item <= most or item == math.inf):  # or NaN
             ends = f"at least {least}" if most == math.inf else f"{least} to {most}"
             raise InputError(f"{flag_name(setting)} {value}: give {ends}")
-
-
-def check_usable(s):
-    """Refuse at once what would fail late: the device, the folders, the checkpoints in them."""
-    try:
-        torch.ones(1, device=s.device).item()
-    except (RuntimeError, AssertionError, ImportError) as problem:
-        raise InputError(f"--device {s.device} cannot be used ({why(problem)}): give "
-                         "another") from problem
-    if not s.out:
-        raise InputError("--out: give a folder")
-    for flag, folder in (("--out", s.out), ("--export", s.export)):
-        if folder:
-            try:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                TemporaryFile(dir=folder).close()
-            except OSError as problem:
-                raise InputError(f"{flag} {folder} cannot be used ({why(problem)}): give "
-                                 "another") from problem
-    prior = Path(s.out) / "prior.pt"
-    if prior.exists() and not (Path(s.out) / "model.pt").exists():
-        raise InputError(f"{prior} is of a model.pt that is gone: remove it, or change --out")
-    for stage in STAGES:
-        path = Path(s.out) / f"{stage}.pt"
-        if path.exists():
-            was = read_checkpoint(path, "settings")["settings"]
-            check_same(path, {k: v for k, v in was.items() if k != "examples"}, s.fixed(stage))
-
-
-@contextmanager
-def alone_in(folder):
-    """Keep other runs out of a folder by SQLite's lock, which all systems have, and which ends with
-    the process, however that ends."""
-    path = Path(folder) / "lock"
-    try:
-        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as problem:
-        if problem.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-            raise InputError(f"--out {folder}: another run is using this folder") from problem
-        raise InputError(f"{path} cannot be locked ({why(problem)}): remove it, or give another "
-                         "--out") from problem
-    try:
-        yield
-    finally:
-        lock.close()
+    items = [operator.index(item) if kind is int else kind(item) for item in items]
+    return items if setting.type is list else items[0]
 
 
 def main(run, settings, description):
     """A script's entry: run on the command line's settings; what can be mended is one line."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    sys.stdout.reconfigure(errors="replace")  # of a terminal that lacks ± or é
-    status = 2
+    sys.stdout, sys.stderr = SteadyStream(sys.stdout), SteadyStream(sys.stderr)
     try:
         s = settings.parse(description)
         if s.report:
             show(report(s))
             return
-        check_usable(s)
+        check_device(s)
+        Path(s.out).mkdir(parents=True, exist_ok=True)
         if s.data and not s.small and not s.device.startswith("cuda"):
             print("Without --small the defaults for real data are for a GPU with CUDA.")
-        with alone_in(s.out):
-            run(s)
-            return
+        run(s)
+        return
     except (InputError, FloatingPointError, OSError) as problem:  # OSError: names its file itself
-        message = str(problem)
+        message, status = str(problem), 2
+    except (torch.OutOfMemoryError, MemoryError):
+        message, status = "out of memory: give a smaller --batch-size", 2
     except KeyboardInterrupt as problem:
-        message, status = str(problem) or "stopped: run it again", 130
-    except (RuntimeError, MemoryError) as problem:
-        lacking = isinstance(problem, (torch.OutOfMemoryError, MemoryError))
-        if not lacking and not re.search("(out of|allocate) memory", str(problem)):
-            raise
-        message = f"out of memory ({why(problem)}): give a smaller --batch-size"
+        message, number = "stopped: run it again", signal.SIGINT
+        if problem.args:  # from fit
+            message, number = problem.args
+        status = 128 + number
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def check_device(s):
+    """Refuse a device that cannot be computed on."""
+    try:
+        torch.ones(1, device=s.device).item()
+    except (RuntimeError, AssertionError, ImportError) as problem:
+        raise InputError(f"--device {s.device} cannot be used ({why(problem)}): give "
+                         "another") from problem
 
 
 # Networks for the settings
 
 def image_networks(s):
-    """The image's encoder and its decoder, of the kind s.decoder; with s.seed the same weights."""
-    torch.manual_seed(s.seed)
-    if s.patch.bit_count() != 1:
-        raise InputError(f"--patch {s.patch}: give a power of 2")
-    multiple = math.lcm(8, s.patch * 2 ** (len(s.multipliers) - 1))
-    if s.size % multiple or s.size.bit_count() != 1:
-        raise InputError(f"--size {s.size}: give a power of 2 that is a multiple of {multiple}, or "
-                         "a smaller --patch or fewer --multipliers")
-    if s.channels % 8 or s.encoder_channels % 2:
-        raise InputError(f"--channels {s.channels} --encoder-channels {s.encoder_channels}: "
-                         "give a multiple of 8 and an even number")
+    """The image's encoder and its decoder, of the kind s.decoder."""
+    if s.encoder_channels % 2:
+        raise InputError(f"--encoder-channels {s.encoder_channels}: give an even number")
     decoder = None
     if s.decoder == "feedforward":
         net = ConvDecoder(3, s.size, s.latent_dim, conv_widths(s))
@@ -1444,75 +1540,45 @@ def conv_widths(s):
     return [s.encoder_channels * min(2**level, 8) for level in range(halvings)]
 
 
-def multimodal(s, encoders, decoders, weights):
-    """The untrained model of the family s.family."""
+def multimodal(s, encoders, decoders, term_weights):
+    """The untrained model of the family s.family; Supervised has the image's encoder and the
+    others' decoders."""
+    if s.decoder == "none":
+        encoders = {"image": encoders["image"]}
+        decoders = {name: decoder for name, decoder in decoders.items() if name != "image"}
     if s.family == "mvtcae":
-        if s.observed < 1 or s.gaps:
-            raise InputError("--family mvtcae is defined for complete examples: leave out "
-                             "--observed and --gaps")
-        return MVTCAE(encoders, decoders, beta=s.beta, weights=weights)
-    return DiffMVAE(encoders, decoders, s.family, s.beta, weights)
+        return MVTCAE(encoders, decoders, beta=s.kl_weight, term_weights=term_weights)
+    return DiffMVAE(encoders, decoders, s.family, s.kl_weight, term_weights)
 
 
 def latent_prior(s, sides):
-    """The untrained latent prior (§3.4); the paper's UNet has the latents laid out on sides."""
+    """The untrained latent prior (§3.4), None for Supervised; the paper's UNet has the latents laid
+    out on sides."""
+    if s.decoder == "none":
+        return None
     if s.prior_net == "mlp":
         return LatentPrior(ResidualMLP(s.latent_dim, 256, 4), (s.latent_dim,))
+    if math.prod(sides) != s.latent_dim:
+        raise InputError(f"--latent-dim {s.latent_dim}: for --prior-net unet give a number squared")
     unet = UNet(len(sides), 1, sides[0], s.channels, (1, 2))
     return LatentPrior(unet, (1, *sides))
 
 
+def compile_networks(model):
+    """In place, so that weights keep their names; text models are left as they are."""
+    print("The networks are compiled in the first steps: that takes minutes.")
+    for part in (*model.encoders.values(), *model.decoders.values()):
+        network = getattr(part, "net", part)
+        if isinstance(network, (UNet, ConvEncoder, ConvDecoder)):
+            network.compile(dynamic=False)
+
+
 # Training
 
-def complete(data, observed):
-    """The examples of {name: (N, ...)} that lack nothing by observed, {name: (N,) bool}."""
-    if not observed:
-        return data
-    rows = torch.stack(list(observed.values())).all(0)
-    return {name: x[rows] for name, x in data.items()}
-
-
-def hide_labels(s, n, observed, names):
-    """What is observed of n examples if only a share s.observed of them, by s.seed, keeps names."""
-    if s.observed == 1:
-        return observed
-    ranks = torch.randperm(n, generator=torch.Generator().manual_seed(s.seed))
-    kept = ranks < round(s.observed * n)
-    return {name: kept & observed.get(name, kept) for name in names}
-
-
-def only_gaps(observed):
-    """Without the names that every example has."""
-    return {name: there for name, there in observed.items() if not there.all()}
-
-
-def prepare(s, data, observed, names):
-    """What to train on and what to measure on.
-
-    data: {"train" | "test": {name: (N, ...)}}, observed: {"train" | "test": {name: (N,) bool}}.
-    Returns, on s.device, data and what of the training examples the model may see, {name: (N,)
-    bool}; and, where they are, those training examples that the data set has whole. Test examples
-    with gaps are left out, as nothing can be measured against a gap; so are training examples for
-    Supervised.
-    """
-    gaps = {split: only_gaps(observed.get(split, {})) for split in data}
-    train, test = data["train"], complete(data["test"], gaps["test"])
-    whole = complete(train, gaps["train"])
-    seen = only_gaps(hide_labels(s, len(train["image"]), gaps["train"], names))
-    if s.decoder == "none":
-        train, seen = complete(train, seen), {}
-    for purpose, part in (("train", train), ("train", whole), ("test", test)):
-        n = len(part["image"])
-        if n < 2:  # no covariance, which the tables need
-            raise InputError(f"{n} examples to {purpose} lack nothing, where at least 2 are "
-                             "needed: get more data")
-    data = {"train": on_device(train, s), "test": on_device(test, s)}
-    return data, on_device(seen, s), whole
-
-
-def on_device(tensors, s):
-    """{name: tensor} on s.device."""
-    return {name: x.to(s.device) for name, x in tensors.items()}
+def on_device(data, s):
+    """{split: {name: tensor}} on s.device."""
+    return {split: {name: x.to(s.device) for name, x in part.items()}
+            for split, part in data.items()}
 
 
 def mirrored(x):
@@ -1526,95 +1592,88 @@ def mirrored(x):
     return out
 
 
-def checksum(data):
-    """How many examples, and a checksum of all that they hold: what a checkpoint was trained on."""
-    crc = 0
-    for name in sorted(data):
-        crc = zlib.crc32(data[name].cpu().contiguous().numpy(), crc)
-    return f"{len(data[name])}, checksum {crc:08x}"
-
-
-def train(s, data, observed, model, prior, batch, preview):
+def train(s, data, model, prior, get_batch, preview):
     """Diff-MVAE (§3.2), then its latent prior (§3.4): both, averaged, and their seconds.
 
-    data: {"train" | "test": {name: (N, ...)}}, of which batch(part, i) gives the networks examples
-    i; observed: {name: (N,) bool} of the training set. preview(averaged) draws. The prior learns
-    from examples as they are, not mirrored.
+    data: {"train" | "test": {name: (N, ...)}} on s.device; get_batch(part, i) gives the networks
+    its examples i. preview(averaged) draws. The prior learns from examples as they are, not
+    mirrored.
     """
-    n = len(data["train"]["image"])
-    objective = "ELBO" if s.is_bound and s.beta == 1 and s.weight == 1 else "surrogate"
-    model = model.to(s.device, memory_format=torch.channels_last)
+    examples, test = data["train"], data["test"]
+    model = model.to(s.device)
 
-    def examples(i):
-        return batch(data["train"], i), {name: flags[i] for name, flags in observed.items()}
+    def terms(i):
+        x = get_batch(examples, i)
+        return model.elbo(mirrored(x) if s.mirror else x).terms(s.objective)
 
-    def model_terms(i):
-        x, seen = examples(i)
-        if s.mirror:
-            x = mirrored(x)
-        return model.elbo(x, seen).terms(objective)
-
-    def held_out(averaged):
-        torch.manual_seed(s.seed)  # the same captions, times and noise at each call
-        some = {name: x[:HELD_OUT] for name, x in data["test"].items()}
-        each = in_batches(lambda x: [averaged.elbo(batch(x)).total], some, "held out", s.batch_size)
-        return each[0].mean().item()
+    def watch(averaged):
+        preview(averaged)
+        return {f"held-out {s.objective}": held_out(s, averaged, test, get_batch)}
 
     rates = [(model.encoders, s.vae_rate)]
     for decoder in model.decoders.values():
         rates.append((decoder, s.rate if isinstance(decoder, Diffusion) else s.vae_rate))
-    contents = checksum({**data["train"], **{f"{k} observed": v for k, v in observed.items()}})
-    averaged, seconds = fit(
-        s, "model", model, model_terms, objective, num_examples=n, steps=s.steps,
-        batch_size=s.batch_size, rates=rates, contents=contents, held_out=held_out,
-        preview=preview)
+    if s.compile:
+        compile_networks(model)
+    averaged, seconds = fit(s, "model", model, rates, terms, s.objective, examples, watch)
     if prior is None:
         return averaged, None, {"model": seconds}
 
     prior = prior.to(s.device)
-    torch.manual_seed(s.seed)
-    rows = {"i": torch.arange(n, device=s.device)}
-    mu, logvar = in_batches(lambda row: averaged.posterior(*examples(row["i"])), rows, "encoding")
+    with own_random_numbers():
+        torch.manual_seed(s.seed)
+        rows = {"i": torch.arange(len(examples["image"]), device=s.device)}
+        mu, logvar = in_batches(lambda row: averaged.posterior(get_batch(examples, row["i"])), rows,
+                                "encoding")
     prior.standardise(mu, logvar)
 
     def prior_terms(i):
         return {"surrogate": prior.log_prob(sample_gaussian(mu[i], logvar[i]))}
 
-    prior, prior_seconds = fit(
-        s, "prior", prior, prior_terms, "surrogate", num_examples=n, steps=s.prior_steps,
-        batch_size=s.prior_batch, rates=[(prior, s.prior_rate)], contents=contents)
+    prior_rates = [(prior, s.prior_rate)]
+    prior, prior_seconds = fit(s, "prior", prior, prior_rates, prior_terms, "surrogate", examples)
     return averaged, prior, {"model": seconds, "prior": prior_seconds}
 
 
-def load_run(out, make_settings, build, device="cpu"):
+def held_out(s, model, test, get_batch):
+    """The objective on the first 256 test examples, with the same random numbers at each call."""
+    torch.manual_seed(s.seed)
+    some = {name: x[:256] for name, x in test.items()}
+    each = in_batches(lambda x: [model.elbo(get_batch(x)).total], some, "held out", s.batch_size)
+    return each[0].mean().item()
+
+
+def load_run(out, settings, build, device="cpu"):
     """(model, prior) that a finished run left in the folder out, ready to use.
 
-    make_settings(**saved) makes its settings, and build(settings) the pair untrained; Supervised
-    has no prior.
+    settings: the script's class; build(settings) makes the pair untrained; Supervised has no prior.
     """
-    states = {"model": read_checkpoint(Path(out) / "model.pt", "settings")}
-    if states["model"]["settings"]["decoder"] != "none":
-        states["prior"] = read_checkpoint(Path(out) / "prior.pt", "settings")
-        shared = {name: states["prior"]["settings"].get(name)
-                  for name in states["model"]["settings"]}
-        check_same(Path(out) / "prior.pt", shared, states["model"]["settings"])
-    for stage, state in states.items():
-        steps = state["settings"]["steps" if stage == "model" else "prior_steps"]
-        if state["step"] < steps:
-            raise InputError(f"{out} is not finished: run it again")
-    latest = states.get("prior", states["model"])  # only the prior's has the settings prior_…
-    saved = {**latest["settings"], "device": device}
-    del saved["examples"]
+    states = {"model": read_checkpoint(Path(out) / "model.pt")}
+    saved = states["model"]["settings"]
+    if saved["decoder"] != "none":
+        states["prior"] = read_checkpoint(Path(out) / "prior.pt")
+        saved = states["prior"]["settings"]  # has the model's and its own
+    saved = {name: value for name, value in saved.items() if name != "examples"}
     try:
-        settings = make_settings(**saved)
+        s = settings(**saved, device=device)
     except TypeError as problem:  # other names
         raise InputError(f"{out} is a run of another script, or of other code") from problem
-    model, prior = build(settings)
-    for stage, part in (("model", model), ("prior", prior)):
-        if part is not None:
-            restore(Path(out) / f"{stage}.pt", part, states[stage]["averaged"])
-            part.to(device).eval().requires_grad_(False)
-    return model, prior
+    with own_random_numbers():
+        pair = build(s)
+    for part, (stage, state) in zip(pair, states.items()):
+        if state["step"] < s.length(stage)[0]:
+            raise InputError(f"{out} is not finished: run it again")
+        part.load_state_dict(state["averaged"])
+        part.to(device).eval().requires_grad_(False)
+    return pair
+
+
+def check_judge(s):
+    """The judge of s must be Supervised and know pictures such as those of s."""
+    was = read_checkpoint(Path(s.judge) / "model.pt")["settings"]
+    data = s.training_settings("model")["data"]
+    if (was["decoder"], was["data"], was["size"]) != ("none", data, s.size):
+        raise InputError(f"--judge {s.judge} is no run of --decoder none on this --data and --size")
 
 
 # Using a trained model
@@ -1641,12 +1700,14 @@ def unconditional(model, prior, training):
     return {"aggregate posterior": ceiling, "latent prior": z, "N(0, I)": torch.randn_like(z)}
 
 
-def nats(model, test, batch):
-    """Eq. 5's terms averaged over test, and the image's in bits per dimension."""
+def nats(model, test, get_batch):
+    """Eq. 5's terms averaged over test, every decoder run for every subset, and the image's in bits
+    per dimension."""
     def terms(x):
-        return model.full_elbo(batch(x)).terms().values()
+        elbo = model.elbo(get_batch(x), every_subset=True)
+        return [elbo.bound, *elbo.log_prob.values(), elbo.kl]
 
-    names = ["ELBO", *model.decoders, "KL"]  # in the order of ELBO.terms
+    names = ["ELBO", *model.decoders, "KL"]
     each = in_batches(terms, test, "ELBO", 32)
     means = {name: term.mean().item() for name, term in zip(names, each, strict=True)}
     log2_density = means["image"] / test["image"][0].numel() / math.log(2)  # of a dimension
@@ -1674,62 +1735,6 @@ def cell(value):
     return f"{np.mean(value):.3f}"
 
 
-def read_results(path, settings):
-    """The settings and the tables in a results.json."""
-    if not path.exists():
-        raise InputError(f"{path} is missing: that run has to be made first, to its end")
-    text = read_text(path)
-    try:
-        record = json.loads(text)
-        return settings(**record["settings"]), record["tables"]
-    except (ValueError, KeyError, TypeError) as problem:
-        raise InputError(f"{path} is damaged or of no run of this script ({why(problem)}): leave "
-                         "it out") from problem
-
-
-def check_comparable(path, s, other):
-    """Refuse the run in path if it cannot stand in one table with another; both are Settings."""
-    differ = ""
-    if (s.fixed("model")["data"], s.size) != (other.fixed("model")["data"], other.size):
-        differ = "--data or --size"
-    elif judged_by(s) and judged_by(other) and judged_by(s) != judged_by(other):
-        differ = "--judge or --measured"
-    elif s.method == other.method:
-        if but_for_seed(s) != but_for_seed(other):
-            differ = f"more than {s.method}'s --seed"
-        elif s.seed == other.seed:
-            raise InputError(f"{path} is one more {s.method} of --seed {s.seed}: leave it out")
-    if differ:
-        raise InputError(f"{path} differs from a run before it in {differ}: leave it out")
-
-
-def but_for_seed(s):
-    """What two runs must share to be one method with two seeds."""
-    return {**s.fixed("prior"), "evaluations": s.evaluations, "seed": None}
-
-
-def judged_by(s):
-    """By whom, and on how many pictures; None without a judge."""
-    return (Path(s.judge).resolve(), s.measured) if getattr(s, "judge", "") else None
-
-
-def report(s):
-    """The tables of the runs s.report, turned: {measure: {method: {given: [one a seed]}}}."""
-    tables, runs = {}, []
-    for folder in s.report:
-        path = Path(folder) / "results.json"
-        of_run, found = read_results(path, type(s))
-        check_finite(path, found)
-        for other in runs:
-            check_comparable(path, of_run, other)
-        runs.append(of_run)
-        for title, given, measure, value in entries(found):
-            methods = tables.setdefault(f"{title}: {measure}", {})
-            row = methods.setdefault(of_run.method, {})
-            row.setdefault(given, []).append(value)
-    return tables
-
-
 def entries(tables):
     """The numbers in {title: {row: {column: value}}}, as (title, row, column, value)."""
     for title, table in tables.items():
@@ -1738,18 +1743,46 @@ def entries(tables):
                 yield title, row, column, value
 
 
-def check_finite(path, tables):
-    """Refuse tables for, or of, a file in which something is not a number."""
-    for title, row, column, value in entries(tables):
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{path}: {title}, {row}, {column} is {value}: look at the "
-                                     "curves in history.png and at the data")
+def report(s):
+    """The tables of the runs s.report, turned: {measure: {method: {given: [one a seed]}}}.
+
+    Those that differ in the seed alone share a row; of several rows of one method the later name
+    their folder.
+    """
+    tables, labels = {}, {}
+    data, judges = set(), set()
+    for folder in s.report:
+        path = Path(folder) / "results.json"
+        try:
+            record = json.loads(path.read_text("utf-8"))
+            run, found = type(s)(**record["settings"]), record["tables"]
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise InputError(f"{path} is no table of a finished run of this script "
+                             f"({why(problem)}): leave it out") from problem
+        settings = run.training_settings("prior")
+        data.add((settings["data"], run.size))
+        if run.judge:
+            judges.add((Path(run.judge).resolve(), run.measured))
+        kind = json.dumps({**settings, "seed": None})
+        if kind not in labels:
+            taken = run.method in labels.values()
+            labels[kind] = f"{run.method} ({Path(folder).name})" if taken else run.method
+        for title, given, measure, value in entries(found):
+            row = tables.setdefault(f"{title}: {measure}", {}).setdefault(labels[kind], {})
+            row.setdefault(given, []).append(value)
+    if len(data) > 1 or len(judges) > 1:
+        raise InputError("the runs differ in --data, --size, --judge or --measured: report those "
+                         "apart")
+    return tables
 
 
 def save_results(s, results):
     """Write results, the settings and the machine to results.json in the folder s.out."""
     path = Path(s.out) / "results.json"
-    check_finite(path, results["tables"])
+    for title, row, column, value in entries(results["tables"]):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{title}, {row}, {column} is {value}: look at the curves in "
+                                     "model.png and at the data")
     record = {
         "settings": asdict(s),
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
@@ -1759,11 +1792,7 @@ def save_results(s, results):
     if s.device.startswith("cuda"):
         record["device"] = torch.cuda.get_device_name(s.device)
         record["peak memory, GiB"] = torch.cuda.max_memory_allocated(s.device) / 2**30
-    elif resource is not None:
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        record["peak memory, GiB"] = peak / 2**30
-    path.write_text(json.dumps(record, indent=1, allow_nan=False), "utf-8")
+    path.write_text(json.dumps(record, indent=1), "utf-8")
     print(f"\nNumbers are in {path}.")
 
 
@@ -1780,20 +1809,16 @@ def export(folder, pictures):
 
 # Reading data
 
-def read_text(path):
-    """A text file, with or without a byte-order mark; what is not UTF-8 in it is replaced."""
+def read_lines(path):
+    """The lines of a text file, whatever its line ends, with or without a byte-order mark; what is
+    not UTF-8 in it is replaced."""
     try:
         text = path.read_text("utf-8-sig", "replace")
     except OSError as problem:
         raise InputError(f"{path} cannot be opened ({why(problem)})") from problem
     if "\0" in text:
         raise InputError(f"{path} is no text in UTF-8: get it anew")
-    return text
-
-
-def read_lines(path):
-    """The lines of a text file, whatever its line ends."""
-    return read_text(path).splitlines()
+    return text.splitlines()
 
 
 def read_table(path, pair, header=0, keys=()):
@@ -1824,20 +1849,17 @@ def open_picture(path, mode):
         raise InputError(f"{path} cannot be read ({why(problem)}): unpack it again") from problem
 
 
-def decoded(cache, read, names):
+def decode_cached(cache, read, names):
     """[read(name) for each name], in threads; kept in the file cache and taken from there."""
-    if not names:
-        raise InputError(f"there is no picture to decode for {cache}: get the lists of pictures "
-                         "anew")
     if cache.exists():
-        kept = read_checkpoint(cache, "names", "arrays")
-        if kept["names"] == names:
+        kept = read_checkpoint(cache)
+        if kept["settings"] == names:
             return kept["arrays"]
     with ThreadPoolExecutor() as pool:
         arrays = list(tqdm(pool.map(read, names), "decoding pictures", len(names)))
     arrays = torch.from_numpy(np.stack(arrays))
     try:
-        save_checkpoint(cache, {"names": names, "arrays": arrays})
+        save_checkpoint(cache, {"settings": names, "arrays": arrays})
     except InputError as problem:
         print(f"The pictures will be decoded again at each run: {problem}.")
     return arrays

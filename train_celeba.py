@@ -1,7 +1,7 @@
 """Diff-MVAE on CelebAMask-HQ (§4.2): a face's image, mask and attributes, each from any other.
 
     python train_celeba.py                          draws faces, 32 px: ten minutes on two cores
-    python train_celeba.py --data CelebAMask-HQ     the released data, 128 px, the paper's settings
+    python train_celeba.py --data CelebAMask-HQ     the released data, 128 px, for a GPU
     python train_celeba.py --data CelebAMask-HQ --small       the same at 64 px, hours on one core
 
 Trains Diff-MVAE (§3.2), then the latent prior (§3.4), measures (Table 3), draws (Figures 5, 6).
@@ -10,70 +10,47 @@ The same command run again goes on where it stopped.
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import diffmvae
 from diffmvae import (
-    ConvDecoder, ConvEncoder, Encoder, FeedForward, InputError, bernoulli, conv_widths, decoded,
-    export, f1_score, frechet_distance, image_networks, in_batches, infer, latent_prior, load_run,
-    main, mlp, multimodal, nats, on_device, open_picture, option, prepare, read_checkpoint,
-    read_lines, read_table, sample, save_grid, save_results, show, train, unconditional,
+    ConvDecoder, ConvEncoder, Encoder, FeedForward, InputError, bernoulli, check_judge, conv_widths,
+    decode_cached, export, f1_score, features, image_networks, infer, judged, latent_prior,
+    load_run, main, mlp, multimodal, nats, on_device, open_picture, read_lines, read_table, sample,
+    save_grid, save_results, show, train, unconditional,
 )
 
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
     Heavy_Makeup Male Mouth_Slightly_Open Mustache Pale_Skin Receding_Hairline Smiling Straight_Hair
     Wavy_Hair Wearing_Hat""".split()
-OTHERS = ("mask", "attributes")  # modalities than the image
 
 
-@dataclass
 class Settings(diffmvae.Settings):
-    """Drawn faces train in minutes on a CPU; for real ones defaults are the paper's or authors',
-    but for --small."""
+    """Drawn faces train in minutes on a CPU; README.md says what of the real ones' is the paper's,
+    what its authors' and what ours."""
 
-    out: str = option("folder for checkpoints, numbers and pictures", "runs/drawn", "runs/celeba",
-                      small="runs/celeba-small")
-    size: int = option("side of the pictures in pixels", 32, 128, small=64, least=1)
-    steps: int = option("training steps of Diff-MVAE", 3200, 100_000, small=20_000, least=1)
-    batch_size: int = option("examples in a step", 8, 64, least=1)
-    decoder: str = option("of images; feedforward: baseline MoPoE*; none: Supervised", "diffusion",
-                          choices=("diffusion", "feedforward", "none"))
-    weight: float = option("weight of log p(attributes|z) (default: 1 for a bound, or 10)", None)
-    latent_dim: int = option("dimensions of z, an even number squared", 64, 256, least=1)
-    channels: int = option("channels of the UNet at its first level", 32, 128, small=24, least=1)
-    multipliers: list = option("their multiple at each level", [1, 2], [1, 2, 2, 3, 4],
-                               small=[1, 2, 2], least=1, nargs="+", type=int)
-    vae_rate: float = option("learning rate of the encoders and other decoders", 1e-3, 2e-4)
-    judge: str = option("folder of a Supervised run, by which generated pictures are measured", "")
-
-    free = (*diffmvae.Settings.free, "judge")
+    defaults = {  # drawn faces, CelebAMask-HQ, CelebAMask-HQ with --small
+        **diffmvae.Settings.defaults,
+        "out": ("runs/drawn", "runs/celeba", "runs/celeba-small"),
+        "size": (32, 128, 64),
+        "steps": (3200, 100_000, 20_000),
+        "batch_size": (8, 64, 8),
+        "latent_dim": (64, 256, 64),
+        "channels": (32, 128, 24),
+        "multipliers": ([1, 2], [1, 2, 2, 3, 4], [1, 2, 2]),
+        "vae_rate": (1e-3, 2e-4, 1e-3),
+    }
     surrogate_weight = 10.0
-
-    def __post_init__(self):
-        if self.decoder == "none" and self.beta is None:
-            self.beta = 0.0
-        super().__post_init__()
-
-    @property
-    def in_nats(self):
-        """Supervised has no image's term; the others are weighed as beside a surrogate."""
-        return self.decoder != "none" and super().in_nats
-
-    @property
-    def method(self):
-        return "Supervised" if self.decoder == "none" else super().method
 
 
 # ---- Drawn faces: the same attributes, all visible, and a mask with the same meaning -------------
 
-FACES = {"train": 10_000, "test": 1_000}
+FACES = {"train": 10_000, "test": 1_000, "anew": 1_000}
 HAIR = {"Gray_Hair": (165, 165, 172), "Blond_Hair": (232, 196, 92), "Brown_Hair": (118, 72, 36),
         "Black_Hair": (28, 22, 24), "": (178, 62, 36)}  # none of the four: red
 FORM = ["Straight_Hair", "Wavy_Hair", ""]
@@ -210,13 +187,14 @@ def draw_mouth(face, a):
 
 
 def draw_faces(size):
-    """{split: {modality: uint8 (N, ...)}} of drawn faces, the same at every run."""
+    """{split: {modality: uint8 (N, ...)}} of drawn faces, the same at every run; "anew" are as
+    close to those of "test" as pictures can be."""
     print("These faces are drawn; --data CelebAMask-HQ takes real ones (see README.md).")
     data = {}
     for seed, (split, n) in enumerate(FACES.items()):
         rng = np.random.default_rng(seed)
         layers, attributes = [], []
-        for _ in tqdm(range(n), f"drawing faces to {split}"):
+        for _ in tqdm(range(n), f"drawing faces: {split}"):
             a = draw_attributes(rng)
             layers.append(draw_face(a, rng, size))
             attributes.append(list(a.values()))
@@ -239,13 +217,14 @@ def modalities(layers, attributes):
 # ---- CelebAMask-HQ as released -------------------------------------------------------------------
 
 SPLITS = {"train": range(162_770), "test": range(182_637, 202_599)}  # indices in CelebA, from 0
-MISSING = 255  # stands for the mask of a face that has none
 PARTS = """nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l
     neck cloth""".split()  # all but the skin
 
 
-def read_mask(folder, k):
-    """The PIL mask of face k, all parts but the skin united (§4.2); None where there is no part."""
+def read_face(folder, k, size):
+    """Picture and mask, (size, size, 3 + 1), of face k; in the mask all parts but the skin are
+    united (§4.2)."""
+    picture = open_picture(folder / "CelebA-HQ-img" / f"{k}.jpg", "RGB")
     place = folder / "CelebAMask-HQ-mask-anno" / f"{k // 2000}"
     union = None
     for part in PARTS:
@@ -258,19 +237,10 @@ def read_mask(folder, k):
         if union is not None and union.shape != layer.shape:
             raise InputError(f"{path} is of another size than the other parts: unpack it again")
         union = layer if union is None else np.maximum(union, layer)
-    return None if union is None else Image.fromarray(union)
-
-
-def read_face(folder, k, size):
-    """Picture and mask, (size, size, 3 + 1), of face k; the mask is MISSING where there is none."""
-    picture = open_picture(folder / "CelebA-HQ-img" / f"{k}.jpg", "RGB")
-    mask = read_mask(folder, k)
-    if mask is None:
-        mask = Image.new("L", picture.size)
-    layers = shrunk(picture, mask, size)
-    if not layers[..., 3].any():  # black, or nothing of it is left at this size
-        layers[..., 3] = MISSING
-    return layers
+    if union is None:
+        raise InputError(f"{place} has no mask of picture {k}: unpack it again, or take the "
+                         "picture out of the attribute file")
+    return shrunk(picture, Image.fromarray(union), size)
 
 
 def read_attributes(path):
@@ -293,9 +263,9 @@ def read_attributes(path):
     return table
 
 
-def read_faces(folder, size, gaps=False):
+def read_faces(folder, size):
     """{split: {modality: uint8 (N, ...)}}, decoded once, then cached there, in CelebA's own split;
-    and {split: {"mask": (N,) bool}}, which have one: all, unless gaps are allowed."""
+    its validation faces are not used."""
     folder = Path(folder)
     anno = folder / "CelebAMask-HQ-attribute-anno.txt"
     mapping = folder / "CelebA-HQ-to-CelebA-mapping.txt"
@@ -304,28 +274,21 @@ def read_faces(folder, size, gaps=False):
             raise InputError(f"{path} is missing: --data is the folder CelebAMask-HQ as released")
     known = read_attributes(anno)
     origin = read_table(mapping, lambda k, index, *_: (int(k), int(index)), 1, known)
-    numbers = list(known)
+    rows = {split: [row for row, k in enumerate(known) if origin[k] in indices]
+            for split, indices in SPLITS.items()}
+    for split in rows:
+        if len(rows[split]) < 2:  # no covariance, which the tables need
+            raise InputError(f"{anno} lists {len(rows[split])} pictures of CelebA's {split} split: "
+                             "at least 2 are needed")
     cache = folder / f"diffmvae-{size}.pt"
-    layers = decoded(cache, lambda k: read_face(folder, k, size), numbers)  # (N, size, size, 4)
-    there = layers[:, 0, 0, 3] != MISSING
-    lacking = [k for k, mask_there in zip(numbers, there.tolist()) if not mask_there]
-    if lacking and not gaps:
-        raise InputError(f"{folder / 'CelebAMask-HQ-mask-anno'} has no mask, or an empty one, of "
-                         f"picture {lacking[0]} and {len(lacking) - 1} more: unpack it again, or "
-                         f"allow it by --gaps (after mending remove {cache})")
-    attributes, data, observed = torch.tensor(list(known.values())), {}, {}
-    for split, indices in SPLITS.items():
-        chosen = torch.tensor([origin[k] in indices for k in numbers])
-        if not chosen.any():
-            raise InputError(f"{anno} lists no picture of CelebA's {split} split: get it anew")
-        data[split] = modalities(layers[chosen], attributes[chosen])
-        observed[split] = {"mask": there[chosen]}
-    return data, observed
+    layers = decode_cached(cache, lambda k: read_face(folder, k, size), list(known))
+    attributes = torch.tensor(list(known.values()))
+    return {split: modalities(layers[rows[split]], attributes[rows[split]]) for split in rows}
 
 
 # ---- The three modalities ------------------------------------------------------------------------
 
-def batch(data, i=slice(None)):
+def get_batch(data, i=slice(None)):
     """Examples i as the networks see them: pictures in [−1, 1], masks and attributes 0 or 1."""
     x = {name: value[i].float() for name, value in data.items()}
     if "image" in x:
@@ -334,10 +297,8 @@ def batch(data, i=slice(None)):
 
 
 def build(s):
-    """The untrained model and latent prior for settings s (§4.2); Supervised has no prior."""
+    """The untrained model and latent prior for settings s (§4.2)."""
     D, side = s.latent_dim, math.isqrt(s.latent_dim)
-    if side**2 != D or side % 2:
-        raise InputError(f"--latent-dim {D}: give an even number squared, as 64 or 256")
     encoder, decoder = image_networks(s)
     narrow = [width // 2 for width in conv_widths(s)]  # masks are simple
     encoders = {
@@ -350,10 +311,8 @@ def build(s):
         "mask": FeedForward(ConvDecoder(1, s.size, D, narrow), bernoulli),
         "attributes": FeedForward(mlp(D, 256, 256, len(ATTRIBUTES)), bernoulli),
     }
-    if decoder is None:  # Supervised: the others from the image
-        del encoders["mask"], encoders["attributes"], decoders["image"]
-    model = multimodal(s, encoders, decoders, {"attributes": s.weight})
-    return model, None if decoder is None else latent_prior(s, (side, side))
+    model = multimodal(s, encoders, decoders, {"attributes": s.label_weight})
+    return model, latent_prior(s, (side, side))
 
 
 def load(out, device="cpu"):
@@ -361,24 +320,18 @@ def load(out, device="cpu"):
     return load_run(out, Settings, build, device)
 
 
-def load_judge(s):
-    """The Supervised model in the folder s.judge, which must know pictures such as those of s."""
-    was = read_checkpoint(Path(s.judge) / "model.pt", "settings")["settings"]
-    if (was["decoder"], was["data"], was["size"]) != ("none", s.fixed("model")["data"], s.size):
-        raise InputError(f"--judge {s.judge} is no run of --decoder none on this --data and --size")
-    return load(s.judge, s.device)[0]
-
-
 # ---- Measuring (Table 3), drawing (Figures 5 and 6), and the run --------------------------------
 
-GIVEN = {"image": ["image"], "mask + attributes": ["mask", "attributes"], "mask": ["mask"],
+OTHERS = ["mask", "attributes"]  # modalities than the image
+GIVEN = {"image": ["image"], "mask + attributes": OTHERS, "mask": ["mask"],
          "attributes": ["attributes"]}  # what pictures are drawn from
+SHOWN = {**GIVEN, "image": OTHERS}  # what these should then show
 
 
 def table3(model, training, test):
     """Table 3's F1, {given: {modality: score}}; given nothing, the best that ignores its input: the
     training set's mean, cut where that scores best on test."""
-    x = batch(test)
+    x = get_batch(test)
     scores = {"both others": {}, "the image": {}, "nothing": {}}
     for target, other in (("attributes", "mask"), ("mask", "attributes")):
         for label, given in (("both others", ["image", other]), ("the image", ["image"])):
@@ -393,110 +346,78 @@ def table3(model, training, test):
     return scores
 
 
-def median3(x):
-    """The median of each 3 × 3 pixels: grain goes, edges stay. x: (N, C, H, W)."""
-    windows = F.unfold(F.pad(x, (1, 1, 1, 1), "replicate"), 3)  # (N, 9 C, H W)
-    return windows.unflatten(1, (x.shape[1], 9)).median(2).values.view(x.shape)
-
-
-def contrasts(pictures):
-    """The energy of the gradient of pictures without their grain, and the energy of that grain."""
-    smooth = in_batches(lambda rows: [median3(rows["x"])], {"x": pictures}, "filtering")[0]
-    edges = sum(smooth.diff(dim=d).square().mean().item() for d in (2, 3))
-    return edges, (pictures - smooth).square().mean().item()
-
-
-def judged(judge, made, real):
-    """What Supervised says of the pictures that draw made, {given: {measure: value}}.
-
-    Fréchet distance: to real pictures (N, ...), of its features, the means of q(z|image). They are
-    nearly blind to blur, so beside it sharpness, the energy of the gradient of the pictures after a
-    3 × 3 median, and grain, of what the median takes off, both over those of real pictures.
-    Coherence: F1 of the mask and attributes it sees in a picture, against what that should show.
-    """
-    def see(pictures):
-        return in_batches(judge.posterior, {"image": pictures}, "judging")[0]  # (N, D)
-
-    features, (edges, grain) = see(real), contrasts(real)
-    if edges == 0 or grain == 0:
-        raise InputError("the real pictures are flat, so that no sharpness can be measured: look "
-                         "at the data")
-    table = {}
-    for given, (pictures, shown) in made.items():
-        pictures = pictures.clamp(-1, 1)
-        seen, (own_edges, own_grain) = see(pictures), contrasts(pictures)
-        row = {
-            "Fréchet distance": frechet_distance(seen, features),
-            "sharpness": own_edges / edges,
-            "grain": own_grain / grain,
-        }
-        for name in OTHERS:
-            if name in shown:
-                said = sample(judge.decoders[name], seen)
-                row[f"coherence, {name}"] = f1_score(said, shown[name])
-        table[given] = row
-    return table
-
-
 def draw(path, model, x, prior=None, training=None):
     """A picture for each example of x given each of GIVEN (§3.3) and, with the prior, from nothing
-    (§3.4), ten of each also as a PNG (Figures 5, 6): {given: (pictures, shown)}. shown are the
-    modalities to agree with: those given or, from nothing, what the same z is decoded to.
+    (§3.4), ten of each also as a PNG (Figures 5, 6): {given: {modality: (n, ...)}}. Beside the
+    image stand the modalities to agree with it: those of SHOWN or, from nothing, what the same z is
+    decoded to.
     """
     latents = {label: infer(model, x, given) for label, given in GIVEN.items()}
     if prior is not None:
         latents.update(unconditional(model, prior, training))
-    made = {"real": (x["image"], x)}
+    made = {}
     for label, z in tqdm(latents.items(), path.stem, leave=False):
-        if label == "image":
-            shown = x
-        elif label in GIVEN:
-            shown = {name: x[name] for name in GIVEN[label]}
+        if label in SHOWN:
+            shown = {name: x[name] for name in SHOWN[label]}
         else:
             shown = {name: sample(model.decoders[name], z) for name in OTHERS}
-        made[label] = sample(model.decoders["image"], z), shown
-    rows = {"real masks": 2 * x["mask"][:10] - 1}
-    for label, (pictures, _) in made.items():
-        rows[label] = pictures[:10]
+        made[label] = {**shown, "image": sample(model.decoders["image"], z)}
+    rows = {"real masks": 2 * x["mask"][:10] - 1, "real": x["image"][:10]}
+    for label, parts in made.items():
+        rows[label] = parts["image"][:10]
     save_grid(path, rows)
     return made
 
 
+def pictures_table(judge, made, real):
+    """judged, and the coherence of what draw made: F1 of the mask and attributes that the judge
+    sees in a picture, against those to agree with it."""
+    table = judged(judge, {label: parts["image"] for label, parts in made.items()}, real)
+    for label, parts in made.items():
+        seen = features(judge, parts["image"])
+        for name in OTHERS:
+            if name in parts:
+                score = f1_score(sample(judge.decoders[name], seen), parts[name])
+                table[label][f"coherence, {name}"] = score
+    return table
+
+
 def run(s):
     """Data, both stages of training, the tables on the screen, results.json, samples.png."""
-    if s.decoder == "none" and (s.judge or s.export):
-        raise InputError("--decoder none draws no pictures: leave out --judge and --export")
-    judge = load_judge(s) if s.judge else None
+    judge = None
+    if s.judge:
+        check_judge(s)
+        judge, _ = load(s.judge, s.device)
+    torch.manual_seed(s.seed)
     model, prior = build(s)
-    if s.data:
-        data, observed = read_faces(s.data, s.size, s.gaps)
-    else:
-        data, observed = draw_faces(s.size), {}
-    data, observed, whole = prepare(s, data, observed, OTHERS)
+    data = on_device(read_faces(s.data, s.size) if s.data else draw_faces(s.size), s)
     test = data["test"]
 
     def preview(averaged):
         if s.decoder != "none":
-            draw(Path(s.out) / "preview.png", averaged, batch(test, slice(6)))
+            draw(Path(s.out) / "preview.png", averaged, get_batch(test, slice(6)))
 
-    model, prior, seconds = train(s, data, observed, model, prior, batch, preview)
+    model, prior, seconds = train(s, data, model, prior, get_batch, preview)
     torch.manual_seed(s.seed)
-    results = {"seconds": seconds, "tables": {"F1 given": table3(model, whole, test)}}
+    results = {"seconds": seconds, "tables": {"F1 given": table3(model, data["train"], test)}}
     if s.is_bound:
-        results["tables"]["Eq. 5"] = nats(model, test, batch)
+        results["tables"]["Eq. 5"] = nats(model, test, get_batch)
     if prior is not None:
-        n = min(s.measured if judge or s.export else 10, len(test["image"]))
-        x, training = batch(test, slice(n)), on_device(batch(whole, slice(n)), s)
+        first = slice(s.measured if s.judge or s.export else 10)
+        x, training = get_batch(test, first), get_batch(data["train"], first)
         started = time.monotonic()
         made = draw(Path(s.out) / "samples.png", model, x, prior, training)
-        sampled = len(x["image"]) * (len(made) - 1)
+        sampled = len(x["image"]) * len(made)
         results["images sampled per second"] = sampled / (time.monotonic() - started)
-        if judge:
-            results["tables"]["pictures given"] = judged(judge, made, batch(test)["image"])
+    if judge is not None:
+        others = {"drawn anew": get_batch(data["anew"], first)} if "anew" in data else {}
+        table = pictures_table(judge, {**others, **made}, get_batch(test)["image"])
+        results["tables"]["pictures given"] = table
     save_results(s, results)
     show(results["tables"])
     if s.export:
-        export(s.export, {label: pictures for label, (pictures, _) in made.items()})
+        pictures = {label: parts["image"] for label, parts in made.items()}
+        export(s.export, {"real": x["image"], **pictures})
 
 
 if __name__ == "__main__":

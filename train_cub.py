@@ -1,7 +1,7 @@
 """Diff-MVAE on Caltech Birds (§4.1): a bird's image and its caption, each from the other.
 
     python train_cub.py               draws birds and captions, 32 px: 13 minutes on two cores
-    python train_cub.py --data cub    the released data, 64 px, BERT and GPT-2, the paper's settings
+    python train_cub.py --data cub    the released data, 64 px, BERT and GPT-2, for a GPU
     python train_cub.py --data cub --small    32 px and small text models, an hour on one core
 
 New beside train_celeba.py is only a modality: the caption's encoder returns (mu, logvar), its
@@ -9,7 +9,6 @@ decoder has log_prob and sample. The same command run again goes on where it sto
 """
 
 import argparse
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
@@ -28,42 +26,44 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import diffmvae
 from diffmvae import (
-    InputError, decoded, export, frechet_distance, image_networks, in_batches, in_bf16, infer,
-    latent_prior, load_run, main, multimodal, nats, on_device, open_picture, option, prepare,
-    read_lines, read_table, sample, save_grid, save_results, show, spread, train, unconditional,
-    why,
+    InputError, check_judge, decode_cached, export, features, frechet_distance, image_networks,
+    in_batches, in_bf16, infer, judged, latent_prior, load_run, main, multimodal, nats, on_device,
+    open_picture, option, own_random_numbers, read_lines, read_table, sample, save_grid,
+    save_results, show, train, unconditional, why, widen_means,
 )
 
 
 @dataclass
 class Settings(diffmvae.Settings):
-    """Drawn birds train in minutes on a CPU; for real ones defaults are the paper's,
-    but for --small."""
+    """Drawn birds train in minutes on a CPU; README.md says what of the real ones' is the paper's,
+    what its authors' and what ours."""
 
-    out: str = option("folder for checkpoints, numbers and pictures", "runs/birds", "runs/cub",
-                      small="runs/cub-small")
-    size: int = option("side of the pictures in pixels", 32, 64, least=1)
-    # Of CUB's 5,994 birds to train on 94,000 steps of 32 are 500 epochs, 20,000 of 8 are 27.
-    steps: int = option("training steps of Diff-MVAE", 4400, 94_000, small=20_000, least=1)
-    batch_size: int = option("examples in a step", 8, 32, least=1)
-    weight: float = option("weight of log p(caption|z) (default: 1 for a bound, or 5)", None)
-    latent_dim: int = option("dimensions of z, an even number", 64, 768, least=1)
-    channels: int = option("channels of the UNet at its first level", 24, 128, least=1)
-    multipliers: list = option("their multiple at each level", [1, 2], [1, 2, 2, 4], least=1,
-                               nargs="+", type=int)
-    vae_rate: float = option("learning rate of the encoders and of the caption's decoder", 5e-4,
-                             5e-5)
-    text: str = option("small: words, untrained; pretrained: from --bert and --gpt2", "small",
-                       "pretrained", choices=("small", "pretrained"))
+    text: str = option("small: words, untrained; pretrained: from --bert and --gpt2",
+                       choices=("small", "pretrained"))
     bert: str = option("encoder of the text: name in the hub, or local folder", "bert-base-cased")
     gpt2: str = option("decoder of the text: name in the hub, or local folder", "gpt2")
     optimus: str = option("file of Optimus weights to load into these two (§4.1)", "")
-    tokens: int = option("longest caption; what is beyond is cut", 28, 64, small=32, least=3,
-                         most=512)
+    tokens: int = option("longest caption; what is beyond is cut", least=3, most=512)
     clip: str = option("CLIP for Tables 1 and 2: name in the hub, or local folder", "")
 
-    free = (*diffmvae.Settings.free, "clip")
+    defaults = {  # drawn birds, CUB, CUB with --small
+        **diffmvae.Settings.defaults,
+        "out": ("runs/birds", "runs/cub", "runs/cub-small"),
+        "size": (32, 64, 32),
+        # Of CUB's 5,994 birds to train on 94,000 steps of 32 are 500 epochs, 20,000 of 8 are 27.
+        "steps": (5000, 94_000, 20_000),
+        "batch_size": (8, 32, 8),
+        "latent_dim": (64, 768, 64),
+        "channels": (24, 128, 24),
+        "multipliers": ([1, 2], [1, 2, 2, 4], [1, 2]),
+        "rate": (3e-3, 1e-4, 1e-3),
+        "vae_rate": (5e-4, 5e-5, 5e-4),
+        "prior_steps": (12_000, 10_000, 4000),
+        "text": ("small", "pretrained", "small"),
+        "tokens": (28, 64, 32),
+    }
     surrogate_weight = 5.0
+    free = (*diffmvae.Settings.free, "clip")
 
 
 # ---- Drawn birds, and captions in varied words from the same factors -----------------------------
@@ -76,13 +76,14 @@ class Birds(NamedTuple):
     factors: list  # {factor: value} for each bird, or None of real ones
 
 
-BIRDS = {"train": 8_000, "test": 500}
+BIRDS = {"train": 8_000, "test": 500, "anew": 500}
 COLOURS = {"black": (25, 25, 30), "white": (246, 246, 242), "grey": (140, 140, 146),
            "brown": (122, 76, 38), "red": (208, 38, 44), "yellow": (242, 208, 48),
            "blue": (48, 88, 205), "green": (58, 152, 70)}
-SHAPES = {"short": [(74, -27)], "long": [(94, -27)], "curved": [(76, -32), (82, 6)]}  # of the bill
-SIZES = {"small": 0.68, "large": 0.85}
-SPOT = {"crown": (78, 37), "bill": (101, 46), "body": (78, 54), "wing": (47, 67), "belly": (63, 81)}
+SHAPES = {"short": [(112, 44)], "long": [(134, 44)],
+          "curved": [(108, 32), (124, 50), (122, 80), (104, 62)]}  # of the bill
+SIZES = {"small": 0.8, "large": 1.0}
+SPOT = {"crown": (68, 24), "bill": (97, 47), "body": (82, 72), "wing": (42, 72), "belly": (64, 96)}
 FACTORS = {**dict.fromkeys(SPOT, COLOURS), "shape": SHAPES, "size": SIZES}
 NOUNS = {"crown": "crown", "cap": "crown", "bill": "bill", "beak": "bill", "body": "body",
          "throat": "body", "wing": "wing", "wingbar": "wing", "belly": "belly", "breast": "belly"}
@@ -94,26 +95,28 @@ GRAMMAR = GRAMMAR.replace("{}", f"(?:{'|'.join(SIZES)})")
 
 def draw_bird(f, rng, size):
     """Picture (size, size, 3) of a bird with factors f; background, tone and place are rng's."""
-    canvas = Image.new("RGB", (128, 128), tuple(rng.integers(200, 241, 3).tolist()))
+    sky = rng.integers((165, 195, 215), (195, 220, 240))
+    canvas = Image.new("RGB", (128, 128), tuple(sky.tolist()))
     pen = ImageDraw.Draw(canvas)
     shift = rng.integers(-2, 3, 2)
-    tone = {k: tuple(int(c * rng.uniform(0.9, 1.03)) for c in COLOURS[f[k]]) for k in SPOT}
+    light = dict(zip(SPOT, rng.uniform(0.9, 1.03, len(SPOT))))
+    tone = {k: tuple(int(c * light[k]) for c in COLOURS[f[k]]) for k in SPOT}
 
     def add(shape, points, colour, **options):
-        """Both sizes of birds have the bill in the same place."""
-        points = SIZES[f["size"]] * (np.array(points) - [44, -28]) + [92, 46] + shift
+        """A small bird is a large one shrunk towards its throat."""
+        points = SIZES[f["size"]] * (np.array(points) - [84, 54]) + [84, 54] + shift
         shape([tuple(point) for point in points], fill=colour, **options)
 
-    for x in (-2, 10):  # legs
-        add(pen.line, [(x, 30), (x, 52)], (90, 70, 60), width=3)
-    add(pen.polygon, [(-64, -12), (-30, -8), (-30, 16), (-60, 2)], tone["body"])  # tail
-    add(pen.ellipse, [(-40, -18), (28, 34)], tone["body"])
-    add(pen.ellipse, [(-22, 6), (26, 36)], tone["belly"])
-    add(pen.polygon, [(42, -41), *SHAPES[f["shape"]], (42, -13)], tone["bill"])
-    add(pen.ellipse, [(8, -52), (50, -10)], tone["body"])  # head
-    add(pen.chord, [(8, -52), (50, -10)], tone["crown"], start=185, end=355)
-    add(pen.ellipse, [(-34, -12), (8, 12)], tone["wing"])
-    add(pen.ellipse, [(35, -33), (41, -27)], "black")  # eye
+    for x in (46, 64):  # legs
+        add(pen.line, [(x, 100), (x, 126)], (90, 70, 60), width=4)
+    add(pen.polygon, [(0, 50), (30, 60), (34, 90), (2, 76)], tone["body"])  # tail
+    add(pen.ellipse, [(14, 44), (100, 116)], tone["body"])
+    add(pen.chord, [(14, 44), (100, 116)], tone["belly"], start=12, end=160)
+    add(pen.ellipse, [(40, 6), (98, 64)], tone["body"])  # head
+    add(pen.chord, [(40, 6), (98, 64)], tone["crown"], start=180, end=360)
+    add(pen.polygon, [(86, 30), *SHAPES[f["shape"]], (86, 66)], tone["bill"])
+    add(pen.ellipse, [(10, 56), (62, 90)], tone["wing"])
+    add(pen.ellipse, [(72, 38), (80, 46)], "black")  # eye
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
 
 
@@ -152,13 +155,14 @@ def read_colours(pictures):
 
 
 def draw_birds(size):
-    """{split: Birds}, the same at every run."""
+    """{split: Birds}, the same at every run. "anew" are more of them: as close to those of "test"
+    as pictures can be."""
     print("These birds are drawn; --data cub takes real ones (see README.md).")
     data = {}
     for seed, (split, n) in enumerate(BIRDS.items()):
         rng = np.random.default_rng(seed)
         factors = [{k: str(rng.choice(list(FACTORS[k]))) for k in FACTORS} for _ in range(n)]
-        pictures = [draw_bird(f, rng, size) for f in tqdm(factors, f"drawing birds to {split}")]
+        pictures = [draw_bird(f, rng, size) for f in tqdm(factors, f"drawing birds: {split}")]
         captions = [[write_caption(f, rng) for _ in range(10)] for f in factors]
         pictures = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
         data[split] = Birds(pictures, captions, factors)
@@ -168,15 +172,17 @@ def draw_birds(size):
 # ---- CUB as released -----------------------------------------------------------------------------
 
 def read_captions(path):
-    """The lines of a file that are not empty; none where there is no file."""
-    if not path.exists():
-        return []
-    return [line.strip() for line in read_lines(path) if line.strip()]
+    """Ten captions of a file's lines: fewer are repeated, more are cut."""
+    lines = []
+    if path.exists():
+        lines = [line.strip() for line in read_lines(path) if line.strip()]
+    if not lines:
+        raise InputError(f"{path} is missing or holds no caption: unpack the captions again")
+    return (lines * 10)[:10]
 
 
-def read_birds(folder, size, gaps=False):
-    """As draw_birds, but without factors; the pictures are decoded once, then cached there. With
-    gaps, a bird may have no captions."""
+def read_birds(folder, size):
+    """As draw_birds, but without factors; the pictures are decoded once, then cached there."""
     folder = Path(folder)
     root, images = folder / "CUB_200_2011", folder / "CUB_200_2011" / "images"
     texts = folder / ("text" if (folder / "text").exists() else "text_c10")
@@ -189,27 +195,21 @@ def read_birds(folder, size, gaps=False):
     if len(split_of) > len(names):
         raise InputError(f"{root / 'images.txt'} has {len(names)} pictures, train_test_split.txt "
                          f"{len(split_of)}: get it anew")
-    captions = []
-    for name in names.values():
-        path = (texts / name).with_suffix(".txt")
-        lines = read_captions(path)
-        if not lines and not gaps:
-            raise InputError(f"{path} is missing or holds no caption: unpack the captions again, "
-                             "or allow it by --gaps")
-        captions.append((lines * 10)[:10])  # ten: fewer are repeated, more are cut
+    rows = {split: [row for row, k in enumerate(names) if split_of[k] == split]
+            for split in flag.values()}
+    for split in rows:
+        if len(rows[split]) < 2:  # no covariance, which the tables need
+            raise InputError(f"{root / 'images.txt'} lists {len(rows[split])} pictures to {split}: "
+                             "at least 2 are needed")
+    captions = [read_captions((texts / name).with_suffix(".txt")) for name in names.values()]
 
     def read(name):
         return np.asarray(open_picture(images / name, "RGB").resize((size, size)))
 
-    pictures = decoded(folder / f"diffmvae-{size}.pt", read, list(names.values()))
-    data = {}
-    for split in ("train", "test"):
-        rows = [row for row, k in enumerate(names) if split_of[k] == split]
-        if not rows:
-            raise InputError(f"{root / 'images.txt'} lists no picture to {split}: get it anew")
-        of_split = [captions[row] for row in rows]
-        data[split] = Birds(pictures[rows].permute(0, 3, 1, 2), of_split, None)
-    return data
+    pictures = decode_cached(folder / f"diffmvae-{size}.pt", read, list(names.values()))
+    pictures = pictures.permute(0, 3, 1, 2)
+    return {split: Birds(pictures[rows[split]], [captions[row] for row in rows[split]], None)
+            for split in rows}
 
 
 # ---- Text VAE: in through BERT, out through GPT-2, as Optimus (Li et al. 2020) -------------------
@@ -221,12 +221,11 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.bert = bert
         bert.set_attn_implementation("sdpa")  # whose mask is bool
-        self.linear = spread(nn.Linear(bert.config.hidden_size, 2 * latent_dim, bias=False))
+        self.linear = widen_means(nn.Linear(bert.config.hidden_size, 2 * latent_dim, bias=False))
 
     def forward(self, tokens):
         tokens = tokens[:, 0]
         mask = tokens != self.bert.config.pad_token_id  # (B, T)
-        mask[:, 0] = True  # always [CLS]; and no caption at all, a gap, has something to attend to
         h = self.bert(tokens, attention_mask=mask[:, None, None]).pooler_output
         return self.linear(h).chunk(2, dim=-1)
 
@@ -285,21 +284,15 @@ class TextDecoder(nn.Module):
 
 
 def pretrained(kind, name):
-    """kind.from_pretrained of a local folder or a name in the hub, or an InputError at once."""
+    """kind.from_pretrained of a local folder or a name in the hub."""
     try:
-        folder = name
-        if not Path(name).is_dir():
-            files = ["*.json", "*.txt", "*.safetensors"]
-            folder = snapshot_download(name, allow_patterns=files)
-        if kind is hf.AutoTokenizer:
-            found = kind.from_pretrained(folder)
-            missing = len(found) <= len(found.all_special_ids)
-        else:
-            found, info = kind.from_pretrained(folder, output_loading_info=True)
-            missing = set(info["missing_keys"]) - {"lm_head.weight"}  # which is tied
+        if kind is hf.AutoTokenizer or issubclass(kind, hf.PretrainedConfig):
+            return kind.from_pretrained(name)
+        model, info = kind.from_pretrained(name, output_loading_info=True)
+        missing = set(info["missing_keys"]) - {"lm_head.weight"}  # which is tied
         if missing:
-            raise ValueError("its words or weights are missing")
-        return found
+            raise ValueError(f"it lacks {min(missing)}")
+        return model
     except Exception as problem:  # the hub's errors have no class in common
         raise InputError(f"{name} cannot be had as {kind.__name__} ({why(problem)}): give a local "
                          "folder with its files, or connect to the hub") from problem
@@ -315,31 +308,19 @@ def load_optimus(path, encoder, decoder):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as problem:
-        raise InputError(f"{path} is damaged or holds code, which is not executed: give a file of "
-                         "Optimus weights") from problem
-    except Exception as problem:  # not there, or not of torch, which has no class for that
-        raise InputError(f"{path} cannot be loaded ({why(problem)}): give a file of Optimus "
-                         "weights") from problem
-    if isinstance(state, dict):
-        state = state.get("model_state_dict", state)
-    if not isinstance(state, dict):
-        raise InputError(f"{path} is no file of Optimus: it holds no named weights")
-    renamed = {}
-    for key, value in state.items():
-        key = str(key).removeprefix("module.")
-        for theirs, name in ours.items():
-            key = re.sub(rf"^{re.escape(theirs)}\.", f"{name}.", key)
-        renamed[key] = value
-    pair = nn.ModuleList([encoder, decoder])
-    try:
+        renamed = {}
+        for key, value in state.get("model_state_dict", state).items():
+            key = key.removeprefix("module.")
+            for theirs, name in ours.items():
+                key = re.sub(rf"^{re.escape(theirs)}\.", f"{name}.", key)
+            renamed[key] = value
+        pair = nn.ModuleList([encoder, decoder])
         missing = pair.load_state_dict(renamed, strict=False).missing_keys
-    except RuntimeError as problem:  # of other sizes
-        raise InputError(f"{path} does not fit, perhaps not this --latent-dim "
-                         f"({why(problem)})") from problem
-    if missing:
-        raise InputError(f"{path} is no file of Optimus: {missing[0]} and {len(missing) - 1} more "
-                         "are missing")
+        if missing:
+            raise ValueError(f"it lacks {missing[0]} and {len(missing) - 1} more")
+    except Exception as problem:  # torch has no class for what is no such file
+        raise InputError(f"{path} cannot be loaded ({why(problem)}): give a file of Optimus "
+                         "weights that fits --latent-dim") from problem
 
 
 def word_tokenizer(captions):
@@ -349,35 +330,74 @@ def word_tokenizer(captions):
     base.normalizer = normalizers.Lowercase()
     base.pre_tokenizer = pre_tokenizers.Whitespace()
     reserved = [*special.values(), "<UNK>"]
-    base.train_from_iterator(captions, trainers.WordLevelTrainer(min_frequency=2,
-                                                                 special_tokens=reserved))
+    trainer = trainers.WordLevelTrainer(min_frequency=2, special_tokens=reserved)
+    base.train_from_iterator(captions, trainer)
+    if base.get_vocab_size() == len(reserved):
+        raise InputError("no word is twice in the captions: --text small needs such words")
     return hf.PreTrainedTokenizerFast(tokenizer_object=base, unk_token="<UNK>", **special)
 
 
-def text_tokenizers(s, captions):
-    """BERT's tokenizer and GPT-2's, those of the run if it has begun; small: one of the words."""
-    if (Path(s.out) / "model.pt").exists():
-        return run_tokenizers(s.out)
+SMALL_TEXT = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "initializer_range": 128**-0.5, "hidden_dropout_prob": 0.0,
+              "attention_probs_dropout_prob": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+              "attn_pdrop": 0.0}
+
+
+def text_parts(s, captions):
+    """For BERT and for GPT-2 the tokenizers, and the configurations; small: of the captions' words.
+    """
     if s.text == "small":
-        words = word_tokenizer(captions)
-        if len(words) == len(words.all_special_ids):
-            raise InputError("no word is twice in the captions: --text small needs such words")
-        return [words, words]
-    tokenizers = [pretrained(hf.AutoTokenizer, name) for name in (s.bert, s.gpt2)]
-    tokenizers[1].add_special_tokens({"pad_token": "<PAD>", "bos_token": "<BOS>",
-                                      "eos_token": "<EOS>"})
-    return tokenizers
+        tokenizers = 2 * [word_tokenizer(captions)]
+        configs = [hf.BertConfig(**SMALL_TEXT), hf.GPT2Config(**SMALL_TEXT)]
+    else:
+        tokenizers = [pretrained(hf.AutoTokenizer, name) for name in (s.bert, s.gpt2)]
+        tokenizers[1].add_special_tokens({"pad_token": "<PAD>", "bos_token": "<BOS>",
+                                          "eos_token": "<EOS>"})
+        configs = [pretrained(hf.BertConfig, s.bert), pretrained(hf.GPT2Config, s.gpt2)]
+    special = {f"{k}_token_id": getattr(tokenizers[1], f"{k}_token_id")
+               for k in ("pad", "bos", "eos")}
+    configs[1].update({"vocab_size": len(tokenizers[1]), **special})
+    if s.text == "small":
+        configs[0].update({"vocab_size": len(tokenizers[0]), **special})
+    return tokenizers, configs
 
 
-def run_tokenizers(out):
-    """The two that are part of a run."""
-    tokenizers = []
-    for end in ("in", "out"):
-        folder = Path(out) / f"tokenizer-{end}"
-        if not folder.is_dir():  # and never from the hub
-            raise InputError(f"{folder}, part of that run, is missing: change --out")
+def save_text_parts(out, tokenizers, configs):
+    """They belong to the run: nothing else than its folder is needed to load it."""
+    for end, tokenizer, config in zip(("in", "out"), tokenizers, configs):
+        tokenizer.save_pretrained(f"{out}/tokenizer-{end}")
+        config.to_json_file(f"{out}/text-{end}.json", use_diff=False)
+
+
+def read_text_parts(out):
+    """Those of a run."""
+    tokenizers, configs = [], []
+    for end, kind in (("in", hf.BertConfig), ("out", hf.GPT2Config)):
+        folder, file = Path(out) / f"tokenizer-{end}", Path(out) / f"text-{end}.json"
+        if not (folder.is_dir() and file.exists()):  # and never from the hub
+            raise InputError(f"{folder} or {file.name}, parts of that run, are missing: change "
+                             "--out")
         tokenizers.append(pretrained(hf.AutoTokenizer, str(folder)))
-    return tokenizers
+        configs.append(kind.from_json_file(file))
+    return tokenizers, configs
+
+
+def start_text(s, encoder, decoder):
+    """What the text models start from: pretrained weights or, of small ones, sinusoids in the
+    manner of Vaswani et al. (2017) for positions: by them neighbours find each other sooner."""
+    bert, gpt2 = encoder.bert, decoder.gpt2
+    if s.text == "pretrained":
+        bert.load_state_dict(pretrained(hf.BertModel, s.bert).state_dict())
+        theirs = pretrained(hf.GPT2LMHeadModel, s.gpt2)
+        theirs.resize_token_embeddings(gpt2.config.vocab_size)
+        gpt2.load_state_dict(theirs.state_dict())
+    else:
+        for positions in (bert.embeddings.position_embeddings, gpt2.transformer.wpe):
+            n = len(positions.weight)
+            waves = torch.arange(n)[:, None] / 100 ** torch.linspace(0, 1, 64)  # (n, 64)
+            positions.weight.data = 0.3 * torch.cat([waves.sin(), waves.cos()], dim=1)  # (n, 128)
+    if s.optimus:
+        load_optimus(s.optimus, encoder, decoder)
 
 
 def tokenise(tokenizers, captions, length):
@@ -385,6 +405,8 @@ def tokenise(tokenizers, captions, length):
 
     Too long ones lose words, never their end. What looks like a special token is text.
     """
+    if isinstance(captions, str):
+        raise InputError("captions: give a list of them, not one string")
     rows = []
     for words in tokenizers:
         begin, end = words.bos_token_id, words.eos_token_id
@@ -408,19 +430,16 @@ def spell(tokenizers, tokens):
 # ---- The two modalities --------------------------------------------------------------------------
 
 def tensors(birds, tokenizers, length):
-    """Birds of draw_birds or read_birds as {split: {modality: (N, ...)}}; and which of them have
-    captions, {split: {"caption": (N,) bool}}."""
-    data, observed = {}, {}
+    """Birds of draw_birds or read_birds as {split: {modality: (N, ...)}}."""
+    data = {}
     for split, part in birds.items():
-        filled = [ten if ten else [""] * 10 for ten in part.captions]
-        flat = [caption for ten in filled for caption in ten]
+        flat = [caption for ten in part.captions for caption in ten]
         tokens = tokenise(tokenizers, flat, length)  # (10 N, 2, length)
         data[split] = {"image": part.pictures, "caption": tokens.unflatten(0, (-1, 10))}
-        observed[split] = {"caption": torch.tensor([len(ten) > 0 for ten in part.captions])}
-    return data, observed
+    return data
 
 
-def batch(data, i=slice(None)):
+def get_batch(data, i=slice(None)):
     """Examples i as the networks see them, with one of their captions drawn."""
     captions = data["caption"][i].long()  # (B, 10, 2, T)
     drawn = torch.randint(captions.shape[1], (len(captions), 1, 1, 1), device=captions.device)
@@ -428,90 +447,60 @@ def batch(data, i=slice(None)):
     return {"image": data["image"][i] / 127.5 - 1, "caption": caption}
 
 
-def small_text_models(special, num_words):
-    """BERT and GPT-2 of two layers, untrained, but for positions, which start as sinusoids in the
-    manner of Vaswani et al. (2017): by them neighbours find each other sooner.
-
-    special: {"pad_token_id": …}.
-    """
-    sizes = {"vocab_size": num_words, "hidden_size": 128, "intermediate_size": 512,
-             "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 128**-0.5,
-             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "resid_pdrop": 0.0,
-             "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    bert = hf.BertModel(hf.BertConfig(**sizes, **special))
-    gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **special))
-    for positions in (bert.embeddings.position_embeddings, gpt2.transformer.wpe):
-        n = len(positions.weight)
-        waves = torch.arange(n)[:, None] / 100 ** torch.linspace(0, 1, 64)  # (n, 64)
-        positions.weight.data = 0.3 * torch.cat([waves.sin(), waves.cos()], dim=1)  # (n, 128)
-    return bert, gpt2
+def first_captions(data):
+    """data with the first caption of each example alone."""
+    return {**data, "caption": data["caption"][:, :1]}
 
 
-def text_networks(s, tokenizers):
-    """The caption's encoder and decoder for settings s and (BERT's, GPT-2's) tokenizers."""
-    words = tokenizers[1]
-    special = {f"{k}_token_id": getattr(words, f"{k}_token_id") for k in ("pad", "bos", "eos")}
-    if s.text == "small":
-        bert, gpt2 = small_text_models(special, len(words))
-    else:
-        bert, gpt2 = pretrained(hf.BertModel, s.bert), pretrained(hf.GPT2LMHeadModel, s.gpt2)
-        gpt2.resize_token_embeddings(len(words))
-        gpt2.config.update(special)
-    encoder = TextEncoder(bert, s.latent_dim)
-    decoder = TextDecoder(gpt2, s.latent_dim, s.tokens, every_subset=s.text == "small")
-    if s.optimus:
-        load_optimus(s.optimus, encoder, decoder)
-    return encoder, decoder
-
-
-def build(s, tokenizers):
-    """The untrained model and latent prior for settings s (§4.1)."""
-    if s.latent_dim % 2:
-        raise InputError(f"--latent-dim {s.latent_dim}: give an even number")
+def build(s, configs, fresh=False):
+    """The model and latent prior for settings s (§4.1) and the configurations of BERT and GPT-2,
+    untrained; fresh: with what the text models start from."""
     image_encoder, image_decoder = image_networks(s)
-    text_encoder, text_decoder = text_networks(s, tokenizers)
+    bert, gpt2 = hf.BertModel(configs[0]), hf.GPT2LMHeadModel(configs[1])
+    text_encoder = TextEncoder(bert, s.latent_dim)
+    text_decoder = TextDecoder(gpt2, s.latent_dim, s.tokens, every_subset=s.text == "small")
+    if fresh:
+        with own_random_numbers():
+            start_text(s, text_encoder, text_decoder)
     encoders = {"image": image_encoder, "caption": text_encoder}
     decoders = {"image": image_decoder, "caption": text_decoder}
-    model = multimodal(s, encoders, decoders, {"caption": s.weight})
+    model = multimodal(s, encoders, decoders, {"caption": s.label_weight})
     return model, latent_prior(s, (s.latent_dim,))
 
 
 def load(out, device="cpu"):
     """(model, prior, tokenizers) that a finished run left in the folder out."""
-    tokenizers = run_tokenizers(out)
-
-    def settings(**saved):
-        saved["optimus"] = ""  # those weights are in the run's
-        return Settings(**saved)
-
-    model, prior = load_run(out, settings, lambda s: build(s, tokenizers), device)
+    tokenizers, configs = read_text_parts(out)
+    model, prior = load_run(out, Settings, lambda s: build(s, configs), device)
     return model, prior, tokenizers
 
 
 # ---- Measuring (Tables 1 and 2), drawing (Figures 3 and 4), and the run --------------------------
 
+def log_prob_of_captions(decoder, captions, z):
+    """Its mean in nats; captions: (N, 2, T) tokens, z: (N, D)."""
+    def log_prob(rows):
+        return [decoder.log_prob(rows["captions"], rows["z"])]
+
+    return in_batches(log_prob, {"captions": captions, "z": z}, "nats", 32)[0].mean().item()
+
+
 def caption_nats(model, x):
     """{z given: log p(caption|z) in nats, averaged over the examples x}."""
-    z = {
-        "both": infer(model, x, ["image", "caption"]),
-        "the caption": infer(model, x, ["caption"]),
-        "the image": infer(model, x, ["image"]),
-    }
+    z = {}
+    if "caption" in model.encoders:
+        z["both"] = infer(model, x, ["image", "caption"])
+        z["the caption"] = infer(model, x, ["caption"])
+    z["the image"] = infer(model, x, ["image"])
     z["another bird's image"] = z["the image"].roll(len(x["image"]) // 2, 0)
-
-    def log_prob(rows):
-        return [model.decoders["caption"].log_prob(rows["caption"], rows["z"])]
-
-    table = {}
-    for label, rows in z.items():
-        (each,) = in_batches(log_prob, {"caption": x["caption"], "z": rows}, "nats", 32)
-        table[label] = {"nats": each.mean().item()}
-    return table
+    decoder = model.decoders["caption"]
+    return {label: {"nats": log_prob_of_captions(decoder, x["caption"], rows)}
+            for label, rows in z.items()}
 
 
 def generate(model, tokenizers, x, n, prior=None, training=None):
     """{label: (pictures, captions)}: x, each from the other (pictures of the first n) and, with the
-    prior, from nothing."""
+    prior, from nothing. Supervised only has captions."""
     def picture(z):
         return sample(model.decoders["image"], z)
 
@@ -521,7 +510,8 @@ def generate(model, tokenizers, x, n, prior=None, training=None):
     pictures, captions = x["image"], spell(tokenizers, x["caption"][:, 1])
     pairs = {"real": (pictures, captions)}
     pairs["caption from image"] = pictures, caption(infer(model, x, ["image"]))
-    pairs["image from caption"] = picture(infer(model, x, ["caption"])[:n]), captions[:n]
+    if "image" in model.decoders:
+        pairs["image from caption"] = picture(infer(model, x, ["caption"])[:n]), captions[:n]
     if prior is not None:
         for label, z in unconditional(model, prior, training).items():
             pairs[label] = picture(z), caption(z)
@@ -589,54 +579,83 @@ def draw(path, model, tokenizers, x, prior=None, training=None):
     save_grid(path, rows, captions, side=128)
 
 
-def measure(s, model, prior, tokenizers, clip, test, training, factors):
+def pictures_table(judge, made, real, drawn):
+    """judged, and what the judge's captions say of the pictures in made, {label: (pictures,
+    captions)}: log p of the captions and, of drawn birds, the share of what both captions name in
+    which that of the judge agrees."""
+    model, _, tokenizers = judge
+    table = judged(model, {label: pictures for label, (pictures, _) in made.items()}, real)
+    decoder = model.decoders["caption"]
+    for label, (pictures, captions) in made.items():
+        z = features(model, pictures)
+        tokens = tokenise(tokenizers, captions, decoder.longest).to(z.device)
+        table[label]["log p(caption)"] = log_prob_of_captions(decoder, tokens, z)
+        if drawn:
+            written = [parse(caption) for caption in spell(tokenizers, sample(decoder, z))]
+            asked = [parse(caption) for caption in captions]
+            table[label]["caption agrees"] = agreement(written, asked)
+    return table
+
+
+def measure(s, model, prior, tokenizers, data, factors, judge, clip):
     """The tables, and the pictures made for them, {label: (n, 3, H, W)}."""
-    pairs = generate(model, tokenizers, test, s.measured, prior, training)
-    made = {label: pictures for label, (pictures, _) in pairs.items()}
-    del made["caption from image"]  # which are real
-    pictures, captions = pairs["real"]
-    pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions  # CUB's kinds in order
+    first = slice(s.measured)
+    test, training = get_batch(first_captions(data["test"])), get_batch(data["train"], first)
     tables = {"log p of the caption, z given": caption_nats(model, test)}
+    pairs = generate(model, tokenizers, test, s.measured, prior, training)
+    made = {label: pair for label, pair in pairs.items()
+            if label not in ("real", "caption from image")}
+    pictures, captions = pairs["real"]
+    if judge is not None:
+        others = {}
+        if "anew" in data:
+            x = get_batch(first_captions(data["anew"]), first)
+            others["drawn anew"] = x["image"], spell(tokenizers, x["caption"][:, 1])
+        table = pictures_table(judge, {**others, **made}, pictures, factors is not None)
+        tables["pictures given"] = table
+    pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions  # CUB's kinds in order
     if factors is not None:
         tables["coherence"] = coherence(pairs, factors)
-    if clip:
+    if clip is not None:
         tables["CLIP"] = table2(clip, pairs, s.device)
-    return tables, made
+    return tables, {label: pictures for label, (pictures, _) in made.items()}
 
 
 def run(s):
     """Data, both stages of training, the tables on the screen, results.json, samples.png."""
-    clip = []
+    clip, judge = None, None
     if s.clip:
         clip = [pretrained(kind, s.clip) for kind in (hf.CLIPModel, hf.AutoTokenizer)]
-    birds = read_birds(s.data, s.size, s.gaps) if s.data else draw_birds(s.size)
-    captions = [caption for ten in birds["train"].captions for caption in ten]
-    tokenizers = text_tokenizers(s, captions)
-    if not (Path(s.out) / "model.pt").exists():  # from then on they stay as they are
-        for end, words in zip(("in", "out"), tokenizers):
-            words.save_pretrained(f"{s.out}/tokenizer-{end}")
-    data, observed = tensors(birds, tokenizers, s.tokens)
-    data, observed, whole = prepare(s, data, observed, ["caption"])
-    model, prior = build(s, tokenizers)
+    if s.judge:
+        check_judge(s)
+        judge = load(s.judge, s.device)
+    birds = read_birds(s.data, s.size) if s.data else draw_birds(s.size)
+    begun = (Path(s.out) / "model.pt").exists()
+    if begun:
+        tokenizers, configs = read_text_parts(s.out)
+    else:
+        tokenizers, configs = text_parts(s, [c for ten in birds["train"].captions for c in ten])
+        save_text_parts(s.out, tokenizers, configs)
+    data = on_device(tensors(birds, tokenizers, s.tokens), s)
+    torch.manual_seed(s.seed)
+    model, prior = build(s, configs, fresh=not begun)
 
     def preview(averaged):
-        eight = {name: x[:8] for name, x in data["test"].items()}
-        draw(Path(s.out) / "preview.png", averaged, tokenizers, batch(eight))
+        draw(Path(s.out) / "preview.png", averaged, tokenizers, get_batch(data["test"], slice(8)))
 
-    model, prior, seconds = train(s, data, observed, model, prior, batch, preview)
+    model, prior, seconds = train(s, data, model, prior, get_batch, preview)
     torch.manual_seed(s.seed)
-    test = batch({**data["test"], "caption": data["test"]["caption"][:, :1]})
-    n = min(s.measured, len(test["image"]))
-    training = on_device(batch(whole, slice(n)), s)
-    tables, made = measure(s, model, prior, tokenizers, clip, test, training, birds["test"].factors)
+    factors = birds["test"].factors
+    tables, made = measure(s, model, prior, tokenizers, data, factors, judge, clip)
     if s.is_bound:
-        tables["Eq. 5"] = nats(model, data["test"], batch)
+        tables["Eq. 5"] = nats(model, data["test"], get_batch)
     save_results(s, {"tables": tables, "seconds": seconds})
-    x, some = ({name: v[:8] for name, v in part.items()} for part in (test, training))
-    draw(Path(s.out) / "samples.png", model, tokenizers, x, prior, some)
+    eight = slice(8)
+    x, training = get_batch(first_captions(data["test"]), eight), get_batch(data["train"], eight)
+    draw(Path(s.out) / "samples.png", model, tokenizers, x, prior, training)
     show(tables)
     if s.export:
-        export(s.export, made)
+        export(s.export, {"real": get_batch(data["test"])["image"], **made})
 
 
 if __name__ == "__main__":
