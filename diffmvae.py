@@ -109,8 +109,8 @@ class VPSDE:
 
     q(x_t|x) = N(α(t) x, σ(t)² I) is the paper's q(x_t|x_0) with ᾱ_t = α(t)². Bound and samplers
     stop at t_min, which is ours. There σ = 0.0032, 0.4 of the step between two grey levels of 8
-    bits (2/255 on [−1, 1]). Rounding to levels errs by 1/√12 = 0.29 of that step; under a little
-    more noise the levels blur, and a density gains nothing by being high at them and low between.
+    bits (2/255 on [−1, 1]). Rounding to levels errs by 1/√12 = 0.29 of that step; noise a little
+    larger hides the levels, so that a density gains nothing from peaks at them.
     """
 
     beta_min: float = 0.1
@@ -199,8 +199,9 @@ def stratified(n, device=None):
 
 
 def in_bf16(network, *inputs):
-    """network(*inputs); on CUDA it computes in bfloat16, and what comes out is float32 again."""
-    if inputs[0].device.type != "cuda":
+    """network(*inputs); on CUDA it computes in bfloat16, and what comes out is float32 again. In
+    float64 nothing changes."""
+    if inputs[0].device.type != "cuda" or inputs[0].dtype == torch.float64:
         return network(*inputs)
     with torch.autocast("cuda", torch.bfloat16):
         out = network(*inputs)
@@ -483,10 +484,7 @@ class DiffMVAE(nn.Module):
         example.
         """
         batch, size, _ = z.shape
-        if every_subset:
-            each = [decoder.log_prob(x, z[:, k]) for k in range(size)]  # S times (B,)
-            return torch.stack(each, dim=1).mean(1)
-        if getattr(decoder, "every_subset", False):
+        if every_subset or getattr(decoder, "every_subset", False):
             x = x.repeat_interleave(size, dim=0)  # (B S, ...)
             return decoder.log_prob(x, z.flatten(0, 1)).view(batch, size).mean(1)
         drawn = (size * stratified(batch, z.device)).long()  # (B,), each of 0 .. S − 1 alike likely
@@ -502,6 +500,7 @@ class DiffMVAE(nn.Module):
         """
         if A is not None and not (A.any() or self.prior_expert):
             raise InputError("A is empty: only the prior expert allows a subset of nothing")
+        check_names(x, [*self.encoders, *self.decoders], "encoder or decoder")
         family = self.subsets if A is None else A[None].to(self.subsets)  # (S, M)
         expert_mu, expert_logvar = self.experts({name: x[name] for name in self.encoders})
         mu, logvar = self.fuse(expert_mu[:, None], expert_logvar[:, None], family)  # (B, S, D)
@@ -519,7 +518,7 @@ class DiffMVAE(nn.Module):
 
 def check_names(given, known, kind):
     """Refuse names in given that are not in known."""
-    unknown = given.keys() - known.keys()
+    unknown = set(given) - set(known)
     if unknown:
         raise InputError(f"no {kind} for {sorted(unknown)}: there are {list(known)}")
 
@@ -875,25 +874,32 @@ class IncompleteDiffMVAE(DiffMVAE):
     observed: {name: (B,) bool} says of each modality in x which examples have it; in the gaps x may
     hold anything, even NaN. Each A becomes A ∩ observed, what is then empty is dropped, the rest
     have the same weight, and only what is observed is reconstructed. Every decoder runs for every
-    subset. Of an example of which nothing is observed all is NaN.
+    subset.
     """
+
+    def present(self, x, observed):
+        """Which of the encoders' modalities in x an example has: (B, M) bool."""
+        check_names(observed, [*self.encoders, *self.decoders], "encoder or decoder")
+        present = torch.stack([observed[name] for name in self.encoders if name in x], dim=1)
+        if not present.any(1).all():
+            raise InputError("an example has nothing observed: leave it out")
+        return present
 
     def posterior(self, x, observed):
         """q(z|x_o), x_o being what is observed of x: mu, logvar, each (B, D)."""
-        there = torch.stack([observed[name] for name in self.encoders if name in x], dim=1)
         mu, logvar = self.experts(without_gaps(x, observed))  # (B, M, D)
-        return self.fuse(mu, logvar, there)
+        return self.fuse(mu, logvar, self.present(x, observed))
 
     def elbo(self, x, observed):
         """Eq. 5; the terms of what is not observed are 0."""
         x = without_gaps(x, observed)
-        there = torch.stack([observed[name] for name in self.encoders], dim=1)[:, None]  # (B, 1, M)
-        present = self.subsets & there  # (B, S, M)  A ∩ observed
+        observed_ones = self.present(x, observed)[:, None]  # (B, 1, M)
+        present = self.subsets & observed_ones  # (B, S, M)  A ∩ observed
         kept = present.any(-1)  # (B, S)
-        omega = kept / kept.sum(1, keepdim=True)  # (B, S)  ω_A
-        present = torch.where(kept[..., None], present, there)  # some product to compute
+        present = torch.where(kept[..., None], present, observed_ones)  # some product to compute
         mu, logvar = self.experts({name: x[name] for name in self.encoders})
         mu, logvar = self.fuse(mu[:, None], logvar[:, None], present)  # (B, S, D)
+        omega = kept.to(mu) / kept.sum(1, keepdim=True)  # (B, S)  ω_A
         z = sample_gaussian(mu, logvar)  # (B, S, D)
         log_prob = {}
         for name, decoder in self.decoders.items():
@@ -963,10 +969,10 @@ def read_checkpoint(path, settings=None):
 
 def checksum(data):
     """How many examples, and a checksum of all that they hold: what a checkpoint was trained on."""
-    crc = 0
+    crc, n = 0, len(next(iter(data.values())))
     for name in sorted(data):
         crc = zlib.crc32(data[name].cpu().contiguous().numpy(), crc)
-    return f"{len(data[name])}, checksum {crc:08x}"
+    return f"{n}, checksum {crc:08x}"
 
 
 def seed_at(seed, stage, step):
@@ -982,7 +988,7 @@ def own_random_numbers():
 @contextmanager
 def interruptible():
     """A list in which Ctrl-C and SIGTERM leave their numbers, so that the step under way can be
-    finished and saved."""
+    finished and saved; a second one acts as usual."""
     received = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread may catch signals; there they act as usual
@@ -990,6 +996,7 @@ def interruptible():
 
     def note(number, frame):
         received.append(number)
+        signal.signal(number, usual[number])
 
     usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1034,9 +1041,12 @@ def look(path, history, averaged, watch):
     try:
         if watch is not None:
             history[-1].update(watch(averaged))
+    except (OSError, torch.OutOfMemoryError) as problem:
+        tqdm.write(f"{why(problem)}: training goes on")
+    try:
         save_history(path, history)
     except OSError as problem:
-        tqdm.write(f"{problem}: training goes on")
+        tqdm.write(f"{why(problem)}: training goes on")
 
 
 def fit(s, stage, model, rates, terms, objective, data, watch=None):
@@ -1045,7 +1055,7 @@ def fit(s, stage, model, rates, terms, objective, data, watch=None):
     s: settings; stage: "model" or "prior"; rates: [(module, learning rate)]. data: {name: (N,
     ...)}, the examples; terms(indices) -> {name: (B,)} of a batch, of which objective is maximised.
     After each checkpoint, s.out/stage.pt, watch(averaged) -> {name: float} joins the history. From
-    there training goes on as if never interrupted: each step is seeded by (seed, stage, step).
+    there training goes on to the same weights as ever: a step is seeded by (seed, stage, step).
     """
     path = Path(s.out) / f"{stage}.pt"
     settings = {**s.training_settings(stage), "examples": checksum(data)}
@@ -1059,7 +1069,8 @@ def fit(s, stage, model, rates, terms, objective, data, watch=None):
         state = read_checkpoint(path, settings)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    step, seconds, history = (state[name] for name in ("step", "seconds", "history"))
+    step, seconds = state["step"], state["seconds"]
+    history = state["history"]
     interval, reading = max(INTERVAL, steps // 100), max(READING, steps // 500)
     last_row, sums = step, {}
     started = time.monotonic() - seconds
@@ -1078,8 +1089,7 @@ def fit(s, stage, model, rates, terms, objective, data, watch=None):
             optimizer.step()
             decay = min(s.ema, (1 + step) / (10 + step))  # the first weights are soon forgotten
             update_average(averaged, model, decay)
-            for name, value in named.items():
-                sums[name] = sums.get(name, 0) + value.detach()
+            sums = {name: sums.get(name, 0) + value.detach() for name, value in named.items()}
             step += 1
             bar.update()
             at_checkpoint = step == steps or step % interval == 0 or len(signals) > 0
@@ -1097,7 +1107,7 @@ def fit(s, stage, model, rates, terms, objective, data, watch=None):
                 if signals:
                     raise KeyboardInterrupt(f"stopped after step {step}, saved in {path}: run it "
                                             "again", signals[0])
-                started = time.monotonic() - seconds
+                started = time.monotonic() - seconds  # without saving and looking
     return averaged, seconds
 
 
@@ -1156,7 +1166,7 @@ def features(judge, pictures):
 def judged(judge, made, real):
     """What Supervised says of generated pictures, {given: {measure: value}}.
 
-    judge: its model; made: {given: (n, 3, H, W)}; real: (N, 3, H, W), in which none of made may be.
+    judge: its model; made: {given: (n, 3, H, W)}; real: (N, 3, H, W), none of them among made.
     Fréchet distance: of its features to those of real. They are nearly blind to blur, so
     beside it sharpness, the energy of the gradient of the pictures after a 3 × 3 median, and grain,
     of what the median takes off, both over those of real pictures.
@@ -1174,8 +1184,6 @@ def judged(judge, made, real):
             "grain": own_grain / grain,
         }
     return table
-
-
 
 
 def to_bytes(pictures):
@@ -1244,6 +1252,7 @@ def save_curves(path, history, width=600, height=120):
     draw.text((width - 90, 4), f"{last} steps", "grey")
     sheet.save(path)
 
+
 # ---- 11  What both scripts share: settings, networks, both stages of training, tables, files -----
 
 class SteadyStream:
@@ -1276,7 +1285,8 @@ def option(help, default=None, *, least=None, most=math.inf, **flag):
 
 @dataclass
 class Settings:
-    """What both scripts can be told. Nothing given (None) means the default."""
+    """What both scripts can be told. Nothing given (None) means the default for the kind of data,
+    chosen when the object is made."""
 
     data: str = option("folder of the real data; without it data are drawn", "")
     small: bool = option("real data on a CPU: takes the defaults called small below", False,
@@ -1288,8 +1298,8 @@ class Settings:
                           type=str)
     seed: int = option("seed of all randomness", 0, least=0, most=2**63 - 1)
     device: str = option("cuda, mps or cpu", "cuda" if torch.cuda.is_available() else "cpu")
-    compile: bool = option("compile the model's networks for its training; takes minutes",
-                           action=BooleanOptionalAction)
+    compile: bool = option("compile the networks before training, which takes minutes (default: "
+                           "for real data without --small on CUDA)", action=BooleanOptionalAction)
     size: int = option("side of the pictures in pixels")
     steps: int = option("training steps of Diff-MVAE")
     batch_size: int = option("examples in a step")
@@ -1299,9 +1309,10 @@ class Settings:
                          choices=("mopoe", "mvae", "mmvae", "mvtcae"))
     decoder: str = option("of images; feedforward: baseline MoPoE*; none: Supervised", "diffusion",
                           choices=("diffusion", "feedforward", "none"))
-    beta: float = option("weight of the KL (default: 1 where all is in nats, or 0.01)")
-    weight: float = option("weight of log p of the attributes, or the caption (default: 1 where "
-                           "all is in nats, or 10 and 5)")
+    beta: float = option("weight of the KL (default: 1 where the image's term is in nats, 0 for "
+                         "Supervised, else 0.01)")
+    weight: float = option("weight of log p of the attributes, or of the caption (default: 1 where "
+                           "the image's term is in nats, else 10 and 5)")
     latent_dim: int = option("dimensions of z, an even number, of faces squared")
     mirror: bool = option("mirror half of the training pictures, masks with them",
                           action=BooleanOptionalAction)
@@ -1324,7 +1335,6 @@ class Settings:
 
     kinds = ("drawn", "real", "small")  # drawn data, real data, real data with --small
     defaults = {  # one for each kind; the scripts' tables have the others
-        "compile": (False, torch.cuda.is_available(), False),
         "weighting": ("velocity", "simple", "velocity"),
         "mirror": (False, False, True),
         "patch": (2, 1, 2),
@@ -1353,8 +1363,9 @@ class Settings:
             if value is None:
                 value = self.defaults_of(setting)[kind]
             setattr(self, setting.name, checked(setting, value))
-        if self.decoder == "none" and (self.judge or self.export):
-            raise InputError("--decoder none draws no pictures: leave out --judge and --export")
+        if self.decoder == "none" and (self.judge or self.export or self.family != "mopoe"):
+            raise InputError("--decoder none has one encoder and draws no pictures: leave out "
+                             "--family, --judge and --export")
 
     @classmethod
     def defaults_of(cls, setting):
@@ -1427,6 +1438,13 @@ class Settings:
         name = "Diff-MVAE" if self.weighting == "likelihood" else "Diff-MVAE*"
         return name if self.family == "mopoe" else f"{name}, {self.family}"
 
+    @property
+    def compiles(self):
+        """Whether the networks are compiled, as told or by default."""
+        if self.compile is not None:
+            return self.compile
+        return self.device.startswith("cuda") and self.data != "" and not self.small
+
     def length(self, stage):
         """Steps of a stage, and the size of its batches."""
         if stage == "model":
@@ -1488,7 +1506,8 @@ def main(run, settings, description):
     except (InputError, FloatingPointError, OSError) as problem:  # OSError: names its file itself
         message, status = str(problem), 2
     except (torch.OutOfMemoryError, MemoryError):
-        message, status = "out of memory: give a smaller --batch-size", 2
+        message = "out of memory: to train give a smaller --batch-size, else a smaller --measured"
+        status = 2
     except KeyboardInterrupt as problem:
         message, number = "stopped: run it again", signal.SIGINT
         if problem.args:  # from fit
@@ -1613,18 +1632,20 @@ def train(s, data, model, prior, get_batch, preview):
     rates = [(model.encoders, s.vae_rate)]
     for decoder in model.decoders.values():
         rates.append((decoder, s.rate if isinstance(decoder, Diffusion) else s.vae_rate))
-    if s.compile:
+    if s.compiles:
         compile_networks(model)
     averaged, seconds = fit(s, "model", model, rates, terms, s.objective, examples, watch)
     if prior is None:
         return averaged, None, {"model": seconds}
 
+    def encode(rows):
+        return averaged.posterior(get_batch(examples, rows["index"]))
+
     prior = prior.to(s.device)
     with own_random_numbers():
         torch.manual_seed(s.seed)
-        rows = {"i": torch.arange(len(examples["image"]), device=s.device)}
-        mu, logvar = in_batches(lambda row: averaged.posterior(get_batch(examples, row["i"])), rows,
-                                "encoding")
+        rows = {"index": torch.arange(len(examples["image"]), device=s.device)}
+        mu, logvar = in_batches(encode, rows, "encoding")  # (N, D) each
     prior.standardise(mu, logvar)
 
     def prior_terms(i):
@@ -1763,10 +1784,10 @@ def report(s):
         data.add((settings["data"], run.size))
         if run.judge:
             judges.add((Path(run.judge).resolve(), run.measured))
-        kind = json.dumps({**settings, "seed": None})
+        kind = json.dumps({**settings, "evaluations": run.evaluations, "seed": None})
         if kind not in labels:
             taken = run.method in labels.values()
-            labels[kind] = f"{run.method} ({Path(folder).name})" if taken else run.method
+            labels[kind] = f"{run.method} ({folder})" if taken else run.method
         for title, given, measure, value in entries(found):
             row = tables.setdefault(f"{title}: {measure}", {}).setdefault(labels[kind], {})
             row.setdefault(given, []).append(value)

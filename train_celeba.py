@@ -403,14 +403,15 @@ def run(s):
     if s.is_bound:
         results["tables"]["Eq. 5"] = nats(model, test, get_batch)
     if prior is not None:
-        first = slice(s.measured if s.judge or s.export else 10)
-        x, training = get_batch(test, first), get_batch(data["train"], first)
+        x = get_batch(test, slice(s.measured if s.judge or s.export else 10))
+        as_many = slice(len(x["image"]))
+        training = get_batch(data["train"], as_many)
         started = time.monotonic()
         made = draw(Path(s.out) / "samples.png", model, x, prior, training)
         sampled = len(x["image"]) * len(made)
         results["images sampled per second"] = sampled / (time.monotonic() - started)
     if judge is not None:
-        others = {"drawn anew": get_batch(data["anew"], first)} if "anew" in data else {}
+        others = {"drawn anew": get_batch(data["anew"], as_many)} if "anew" in data else {}
         table = pictures_table(judge, {**others, **made}, get_batch(test)["image"])
         results["tables"]["pictures given"] = table
     save_results(s, results)

@@ -286,8 +286,13 @@ class TextDecoder(nn.Module):
 def pretrained(kind, name):
     """kind.from_pretrained of a local folder or a name in the hub."""
     try:
-        if kind is hf.AutoTokenizer or issubclass(kind, hf.PretrainedConfig):
+        if issubclass(kind, hf.PretrainedConfig):
             return kind.from_pretrained(name)
+        if kind is hf.AutoTokenizer:
+            words = kind.from_pretrained(name)
+            if len(words) <= len(words.all_special_tokens):
+                raise ValueError("it has no words")
+            return words
         model, info = kind.from_pretrained(name, output_loading_info=True)
         missing = set(info["missing_keys"]) - {"lm_head.weight"}  # which is tied
         if missing:
@@ -312,7 +317,8 @@ def load_optimus(path, encoder, decoder):
         for key, value in state.get("model_state_dict", state).items():
             key = key.removeprefix("module.")
             for theirs, name in ours.items():
-                key = re.sub(rf"^{re.escape(theirs)}\.", f"{name}.", key)
+                if key.startswith(theirs + "."):
+                    key = name + key.removeprefix(theirs)
             renamed[key] = value
         pair = nn.ModuleList([encoder, decoder])
         missing = pair.load_state_dict(renamed, strict=False).missing_keys
@@ -549,16 +555,17 @@ def table2(clip, pairs, device):
     side = clip.config.vision_config.image_size
     mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=device)[..., None, None]
 
-    def features(x):
+    def clip_features(rows):
         """Of pictures and captions, each (B, d)."""
-        pixels = F.interpolate(x.pop("image"), (side, side), mode="bicubic", antialias=True)
+        tokens = {name: value for name, value in rows.items() if name != "image"}
+        pixels = F.interpolate(rows["image"], (side, side), mode="bicubic", antialias=True)
         image = clip.get_image_features(((pixels + 1) / 2 - mean) / std).pooler_output
-        return image, clip.get_text_features(**x).pooler_output
+        return image, clip.get_text_features(**tokens).pooler_output
 
     found = {}
     for label, (pictures, captions) in pairs.items():
         tokens = words(captions, padding=True, truncation=True, return_tensors="pt").to(device)
-        found[label] = in_batches(features, {"image": pictures, **tokens}, "CLIP")
+        found[label] = in_batches(clip_features, {"image": pictures, **tokens}, "CLIP")
     real, _ = found["real"]
     table = {}
     for label, (image, text) in found.items():
@@ -599,8 +606,9 @@ def pictures_table(judge, made, real, drawn):
 
 def measure(s, model, prior, tokenizers, data, factors, judge, clip):
     """The tables, and the pictures made for them, {label: (n, 3, H, W)}."""
-    first = slice(s.measured)
-    test, training = get_batch(first_captions(data["test"])), get_batch(data["train"], first)
+    test = get_batch(first_captions(data["test"]))
+    as_many = slice(min(s.measured, len(test["image"])))
+    training = get_batch(data["train"], as_many)
     tables = {"log p of the caption, z given": caption_nats(model, test)}
     pairs = generate(model, tokenizers, test, s.measured, prior, training)
     made = {label: pair for label, pair in pairs.items()
@@ -609,11 +617,12 @@ def measure(s, model, prior, tokenizers, data, factors, judge, clip):
     if judge is not None:
         others = {}
         if "anew" in data:
-            x = get_batch(first_captions(data["anew"]), first)
+            x = get_batch(first_captions(data["anew"]), as_many)
             others["drawn anew"] = x["image"], spell(tokenizers, x["caption"][:, 1])
         table = pictures_table(judge, {**others, **made}, pictures, factors is not None)
         tables["pictures given"] = table
-    pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions  # CUB's kinds in order
+    # CUB is in order of species: half the list away is another one.
+    pairs["real, shuffled"] = pictures.roll(len(pictures) // 2, 0), captions
     if factors is not None:
         tables["coherence"] = coherence(pairs, factors)
     if clip is not None:
