@@ -1722,8 +1722,8 @@ def unconditional(model, prior, training):
 
 
 def nats(model, test, get_batch):
-    """Eq. 5's terms averaged over test, every decoder run for every subset, and the image's in bits
-    per dimension."""
+    """Eq. 5's terms averaged over test, every decoder run for every subset; and the image's alone,
+    without the KL, in bits per dimension."""
     def terms(x):
         elbo = model.elbo(get_batch(x), every_subset=True)
         return [elbo.bound, *elbo.log_prob.values(), elbo.kl]
@@ -1733,7 +1733,7 @@ def nats(model, test, get_batch):
     means = {name: term.mean().item() for name, term in zip(names, each, strict=True)}
     log2_density = means["image"] / test["image"][0].numel() / math.log(2)  # of a dimension
     # A grey level is 1/127.5 wide on [−1, 1], so −log2 p(level) = log2 127.5 − log2 density.
-    means["image, bits per dimension"] = math.log2(127.5) - log2_density
+    means["image given z, bits per dimension"] = math.log2(127.5) - log2_density
     return {term: {"nats": value} for term, value in means.items()}
 
 
