@@ -749,6 +749,8 @@ def test_any_subset_generates_everything(quick):
         model.posterior({})
     with refused("no encoder for"):
         model.posterior({"text": x["mask"]})
+    with refused("no encoder or decoder for ..text..: there are"):
+        model.elbo({**x, "text": x["mask"]})
     with refused("A is empty"):
         model.elbo(x, A=torch.zeros(3, dtype=torch.bool))
 
@@ -1424,6 +1426,14 @@ def test_killed_twice_at_random_and_run_again(tmp_path):
     assert all(torch.equal(a[k], b[k]) for a, b in zip(*(m.values() for m in moments)) for k in a)
 
 
+def test_a_second_ctrl_c_acts_as_usual():
+    with pytest.raises(KeyboardInterrupt), dm.interruptible() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
 def test_sigterm_saves_and_says_so(tmp_path):
     process = start(tmp_path, 1500, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wait_until(process, tmp_path, 15)
@@ -1485,6 +1495,11 @@ def test_frechet_distance_of_two_gaussians(seed):
     expected = m.square().sum() + (s_a - s_b).square().sum()
     assert dm.frechet_distance(a, b) == approx(expected.item(), rel=1e-9)
     assert dm.frechet_distance(a, a) == approx(0, abs=1e-6)
+
+
+def test_features_that_are_not_finite_are_named():
+    with pytest.raises(FloatingPointError, match="features are not finite"):
+        dm.frechet_distance(torch.randn(9, 3), torch.full((9, 3), torch.nan))
 
 
 def test_save_grid(tmp_path):
@@ -1762,6 +1777,15 @@ def test_the_papers_latent_priors():
             _, prior = build(tiny(script.Settings, prior_net=net))
             assert type(prior.net) is kind and prior.shape == expected
             assert prior.sample(3).shape == (3, 16)
+
+
+@pytest.mark.parametrize("options, compiles", [
+    (dict(data="x", device="cuda"), True), (dict(data="x", device="cpu"), False),
+    (dict(data="x", device="cuda", small=True), False), (dict(device="cuda"), False),
+    (dict(data="x", device="cuda", compile=False), False), (dict(compile=True), True),
+])
+def test_what_is_compiled_by_default(options, compiles):
+    assert celeba.Settings(**options).compiles == compiles
 
 
 def test_compiled_networks_learn_the_same_under_the_same_names(tmp_path, monkeypatch, quick):
@@ -2429,6 +2453,14 @@ def test_pretrained_text_starts_from_its_weights(local):
         assert all(torch.equal(found[name][: len(value)], value) for name, value in wanted.items())
     assert not decoder.every_subset
     assert decoder.gpt2.config.eos_token_id == tokenizers[1].eos_token_id
+
+
+def test_a_folder_without_words_is_refused(local):
+    s = tiny(cub.Settings, **local)
+    for path in Path(s.bert).glob("*token*"):
+        path.unlink()
+    with refused("bert cannot be had as AutoTokenizer"):
+        cub.text_parts(s, TWO_BIRDS)
 
 
 def test_a_finished_pretrained_run_needs_its_own_folder_alone(local, quick):
