@@ -24,14 +24,12 @@ import csv
 import itertools
 import json
 import math
-import operator
 import os
 import platform
 import re
 import signal
 import sys
 import textwrap
-import threading
 import time
 import zlib
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -437,10 +435,6 @@ class DiffMVAE(nn.Module):
     def __init__(self, encoders, decoders, family="mopoe", beta=1.0, term_weights=None,
                  prior_expert=False):
         super().__init__()
-        columns = {"ELBO", "surrogate", "KL", "gradient", "step", "seconds"}  # of the history
-        reserved = columns & {*encoders, *decoders}
-        if reserved:
-            raise InputError(f"{min(reserved)} is the name of a term: call the modality otherwise")
         self.term_weights = {} if term_weights is None else term_weights
         check_names(self.term_weights, decoders, "decoder")
         self.encoders = nn.ModuleDict(encoders)
@@ -925,8 +919,8 @@ CLIP = 1.0  # largest norm of the gradient
 
 
 def why(problem):
-    """The first 25 words of an exception's message, or its name, on one line without colours."""
-    words = re.sub(r"\x1b\[[\d;]*m", "", str(problem)).split()
+    """The first 25 words of an exception's message, or its name, on one line."""
+    words = str(problem).split()
     return " ".join(words[:25]) if words else type(problem).__name__
 
 
@@ -944,27 +938,24 @@ def save_checkpoint(path, state):
                          "whole: make room, or take another folder") from problem
 
 
-def read_checkpoint(path, settings=None):
-    """What save_checkpoint wrote, on the CPU; it must be of these settings, {name: value}."""
+def read_checkpoint(path):
+    """The dict that save_checkpoint wrote, on the CPU; code in the file is not run."""
     if not path.exists():
         raise InputError(f"{path} is missing: that run has to be made first")
     try:
-        state = torch.load(path, "cpu", weights_only=True)
-        was = state["settings"]
-    except MemoryError:
-        raise
+        return dict(torch.load(path, "cpu", weights_only=True))
     except Exception as problem:  # torch has no class for what is not, or not all of, a checkpoint
         raise InputError(f"{path} cannot be read as a checkpoint ({why(problem)}): move it away, "
                          "or take another folder") from problem
-    if settings is not None:
-        changes = []
-        for name in sorted(was.keys() | settings.keys()):
-            if was.get(name) != settings.get(name):
-                changes.append(f"{name} was {was.get(name)!r} and is {settings.get(name)!r}")
-        if changes:
-            raise InputError(f"{path} is of another run ({', '.join(changes)}): repeat its flags, "
-                             "and give it its data, or change --out")
-    return state
+
+
+def check_same(path, was, now):
+    """Refuse to go on from the checkpoint path where the settings were others."""
+    changes = [f"{name} was {was.get(name)!r} and is {now.get(name)!r}"
+               for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+    if changes:
+        raise InputError(f"{path} is of another run ({', '.join(changes)}): repeat its flags, and "
+                         "give it its data, or change --out")
 
 
 def checksum(data):
@@ -990,9 +981,6 @@ def interruptible():
     """A list in which Ctrl-C and SIGTERM leave their numbers, so that the step under way can be
     finished and saved; a second one acts as usual."""
     received = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may catch signals; there they act as usual
-        return
 
     def note(number, frame):
         received.append(number)
@@ -1066,7 +1054,8 @@ def fit(s, stage, model, rates, terms, objective, data, watch=None):
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     state = {"step": 0, "seconds": 0.0, "history": []}
     if path.exists():
-        state = read_checkpoint(path, settings)
+        state = read_checkpoint(path)
+        check_same(path, state.get("settings", {}), settings)
         for name, part in parts.items():
             part.load_state_dict(state[name])
     step, seconds = state["step"], state["seconds"]
@@ -1126,9 +1115,10 @@ def f1_score(predicted, actual):
 def frechet_distance(a, b):
     """‖m_a − m_b‖² + tr(C_a + C_b − 2 (C_a C_b)^½) for features (N, d); FID on Inception's."""
     a, b = a.cpu().double(), b.cpu().double()
-    if not (a.isfinite().all() and b.isfinite().all()):  # some eigenvalue routines crash on these
-        raise FloatingPointError("features are not finite: look at the pictures")
     cov_a, cov_b = a.T.cov(), b.T.cov()
+    if not (cov_a.isfinite().all() and cov_b.isfinite().all()):  # eigvals may crash on these
+        raise FloatingPointError("features are not finite, or of one picture alone: look at the "
+                                 "pictures, or give a larger --measured")
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # eigenvalues are ≥ 0
     means = (a.mean(0) - b.mean(0)).square().sum()
     return (means + cov_a.trace() + cov_b.trace() - 2 * root).item()
@@ -1263,9 +1253,8 @@ class SteadyStream:
         self.stream = stream
 
     def write(self, text):
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        with suppress(OSError):
-            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+        with suppress(OSError, UnicodeError):
+            self.stream.write(text)
 
     def flush(self):
         with suppress(OSError):
@@ -1275,12 +1264,10 @@ class SteadyStream:
         return getattr(self.stream, name)
 
 
-def option(help, default=None, *, least=None, most=math.inf, **flag):
+def option(help, default=None, **flag):
     """A setting that is also a flag: help; default, or None where the table Settings.defaults has
-    one for each kind of data; the least that it may be (1, or 0 if it is no whole number) and the
-    most; flag: what else argparse needs of it, such as choices."""
-    meta = {"help": help, "default": default, "least": least, "most": most, "flag": flag}
-    return field(default=None, metadata=meta)
+    one for each kind of data; flag: what else argparse needs of it, such as choices."""
+    return field(default=None, metadata={"help": help, "default": default, "flag": flag})
 
 
 @dataclass
@@ -1294,9 +1281,7 @@ class Settings:
     out: str = option("folder for checkpoints, numbers and pictures")
     judge: str = option("folder of a Supervised run, by which generated pictures are measured", "")
     export: str = option("folder for PNGs of real and generated pictures, as for FID", "")
-    report: list = option("folders of finished runs: print their tables and stop", [], nargs="+",
-                          type=str)
-    seed: int = option("seed of all randomness", 0, least=0, most=2**63 - 1)
+    seed: int = option("seed of all randomness", 0)
     device: str = option("cuda, mps or cpu", "cuda" if torch.cuda.is_available() else "cpu")
     compile: bool = option("compile the networks before training, which takes minutes (default: "
                            "for real data without --small on CUDA)", action=BooleanOptionalAction)
@@ -1313,25 +1298,25 @@ class Settings:
                          "Supervised, else 0.01)")
     weight: float = option("weight of log p of the attributes, or of the caption (default: 1 where "
                            "the image's term is in nats, else 10 and 5)")
-    latent_dim: int = option("dimensions of z, an even number, of faces squared")
+    latent_dim: int = option("dimensions of z")
     mirror: bool = option("mirror half of the training pictures, masks with them",
                           action=BooleanOptionalAction)
     patch: int = option("side in pixels of what the UNet takes for one pixel")
     channels: int = option("channels of the UNet at its first level, a multiple of 8")
     multipliers: list = option("their multiple at each level", nargs="+", type=int)
-    attention: int = option("side at which the UNet attends, besides its middle; 0: none", least=0)
-    dropout: float = option("in the UNet", most=1)
-    encoder_channels: int = option("channels of the encoders at half size, an even number")
+    attention: int = option("side at which the UNet attends, besides its middle; 0: none")
+    dropout: float = option("in the UNet")
+    encoder_channels: int = option("channels of the encoders at half size")
     rate: float = option("learning rate of the image decoder")
     vae_rate: float = option("learning rate of the encoders and other decoders")
-    ema: float = option("decay of the averaged weights", most=1)
+    ema: float = option("decay of the averaged weights")
     prior_net: str = option("network of the latent prior; unet: the paper's", "mlp",
                             choices=("mlp", "unet"))
     prior_steps: int = option("training steps of the latent prior")
     prior_batch: int = option("latents in such a step", 256)
     prior_rate: float = option("its learning rate")
     evaluations: int = option("of the network for a picture (default: 20, or 100 for a bound)")
-    measured: int = option("pictures generated of each kind for the tables", least=2)
+    measured: int = option("pictures generated of each kind for the tables")
 
     kinds = ("drawn", "real", "small")  # drawn data, real data, real data with --small
     defaults = {  # one for each kind; the scripts' tables have the others
@@ -1349,8 +1334,7 @@ class Settings:
     }
     surrogate_weight = 1.0  # default weight where the picture's term is a surrogate, not nats
     # What may change in a run; small only chooses defaults.
-    free = ("out", "judge", "export", "report", "device", "compile", "evaluations", "measured",
-            "small")
+    free = ("out", "judge", "export", "device", "compile", "evaluations", "measured", "small")
 
     def __post_init__(self):
         if self.small and not self.data:
@@ -1362,7 +1346,8 @@ class Settings:
             value = getattr(self, setting.name)
             if value is None:
                 value = self.defaults_of(setting)[kind]
-            setattr(self, setting.name, checked(setting, value))
+            if value is not None:
+                setattr(self, setting.name, self.converted(setting, value))
         if self.decoder == "none" and (self.judge or self.export or self.family != "mopoe"):
             raise InputError("--decoder none has one encoder and draws no pictures: leave out "
                              "--family, --judge and --export")
@@ -1371,6 +1356,16 @@ class Settings:
     def defaults_of(cls, setting):
         """Its defaults for drawn, real and small."""
         return cls.defaults.get(setting.name, 3 * [setting.metadata["default"]])
+
+    @staticmethod
+    def converted(setting, value):
+        """value in the setting's type: a Path becomes a str, numpy's numbers Python's."""
+        flag = setting.metadata["flag"]
+        if value not in flag.get("choices", [value]):
+            raise InputError(f"{setting.name} {value!r}: choose from {flag['choices']}")
+        if setting.type is list:
+            return [flag["type"](item) for item in value]
+        return setting.type(value)
 
     @classmethod
     def parse(cls, description):
@@ -1385,9 +1380,10 @@ class Settings:
             if setting.name in cls.defaults:
                 each = [f"{value} {kind}" for kind, value in zip(cls.kinds, defaults)]
                 help = f"{help} (default: {', '.join(each)})"
-            elif defaults[0] not in (None, "", []):
+            elif defaults[0] not in (None, ""):
                 help = f"{help} (default: {defaults[0]})"
-            parser.add_argument(flag_name(setting), default=None, help=help, **flag)
+            name = "--" + setting.name.replace("_", "-")
+            parser.add_argument(name, default=None, help=help, **flag)
         return cls(**vars(parser.parse_args()))
 
     @property
@@ -1426,19 +1422,6 @@ class Settings:
         return "surrogate"
 
     @property
-    def method(self):
-        """A name as in the paper's tables. The star of a baseline says: with the networks of
-        Diff-MVAE*, as in the paper's MoPoE*."""
-        if self.decoder == "none":
-            return "Supervised"
-        if self.decoder == "feedforward":
-            names = {"mopoe": "MoPoE*", "mvae": "full product*", "mmvae": "MMVAE*",
-                     "mvtcae": "MVTCAE*"}
-            return names[self.family]
-        name = "Diff-MVAE" if self.weighting == "likelihood" else "Diff-MVAE*"
-        return name if self.family == "mopoe" else f"{name}, {self.family}"
-
-    @property
     def compiles(self):
         """Whether the networks are compiled, as told or by default."""
         if self.compile is not None:
@@ -1463,40 +1446,12 @@ class Settings:
         return settings
 
 
-def flag_name(setting):
-    """--prior-steps of the field prior_steps."""
-    return "--" + setting.name.replace("_", "-")
-
-
-def checked(setting, value):
-    """value as the setting's type (a Path becomes a str, numpy's numbers Python's); refused where
-    it is no choice or beyond the limits."""
-    if value is None:
-        return None
-    flag, least, most = (setting.metadata[name] for name in ("flag", "least", "most"))
-    kind = flag.get("type", setting.type)  # of one, where there is a list
-    if least is None:
-        least = 1 if kind is int else 0
-    items = value if setting.type is list else [value]
-    for item in items:
-        if item not in flag.get("choices", [item]):
-            raise InputError(f"{flag_name(setting)} {value}: choose from {flag['choices']}")
-        if kind in (int, float) and (not least <= item <= most or item == math.inf):  # or NaN
-            ends = f"at least {least}" if most == math.inf else f"{least} to {most}"
-            raise InputError(f"{flag_name(setting)} {value}: give {ends}")
-    items = [operator.index(item) if kind is int else kind(item) for item in items]
-    return items if setting.type is list else items[0]
-
-
 def main(run, settings, description):
     """A script's entry: run on the command line's settings; what can be mended is one line."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     sys.stdout, sys.stderr = SteadyStream(sys.stdout), SteadyStream(sys.stderr)
     try:
         s = settings.parse(description)
-        if s.report:
-            show(report(s))
-            return
         check_device(s)
         Path(s.out).mkdir(parents=True, exist_ok=True)
         if s.data and not s.small and not s.device.startswith("cuda"):
@@ -1530,8 +1485,6 @@ def check_device(s):
 
 def image_networks(s):
     """The image's encoder and its decoder, of the kind s.decoder."""
-    if s.encoder_channels % 2:
-        raise InputError(f"--encoder-channels {s.encoder_channels}: give an even number")
     decoder = None
     if s.decoder == "feedforward":
         net = ConvDecoder(3, s.size, s.latent_dim, conv_widths(s))
@@ -1670,10 +1623,10 @@ def load_run(out, settings, build, device="cpu"):
     settings: the script's class; build(settings) makes the pair untrained; Supervised has no prior.
     """
     states = {"model": read_checkpoint(Path(out) / "model.pt")}
-    saved = states["model"]["settings"]
-    if saved["decoder"] != "none":
+    saved = states["model"].get("settings", {})
+    if saved.get("decoder") != "none":
         states["prior"] = read_checkpoint(Path(out) / "prior.pt")
-        saved = states["prior"]["settings"]  # has the model's and its own
+        saved = states["prior"].get("settings", {})  # has the model's and its own
     saved = {name: value for name, value in saved.items() if name != "examples"}
     try:
         s = settings(**saved, device=device)
@@ -1740,80 +1693,33 @@ def nats(model, test, get_batch):
 # Tables, and the files of a run
 
 def show(tables):
-    """Print {title: {row: {column: number, or one for each seed}}} in Markdown."""
+    """Print {title: {row: {column: number}}} in Markdown."""
     for title, table in tables.items():
         columns = list(dict.fromkeys(column for row in table.values() for column in row))
         print(f"\n| {title} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
         for name, row in table.items():
-            cells = [cell(row[column]) if column in row else "" for column in columns]
+            cells = [f"{row[column]:.3f}" if column in row else "" for column in columns]
             print(f"| {name} | {' | '.join(cells)} |")
 
 
-def cell(value):
-    """A number, or the mean and the standard deviation of several."""
-    if np.size(value) > 1:
-        return f"{np.mean(value):.3f} ± {np.std(value, ddof=1):.3f}"
-    return f"{np.mean(value):.3f}"
-
-
-def entries(tables):
-    """The numbers in {title: {row: {column: value}}}, as (title, row, column, value)."""
-    for title, table in tables.items():
-        for row, columns in table.items():
-            for column, value in columns.items():
-                yield title, row, column, value
-
-
-def report(s):
-    """The tables of the runs s.report, turned: {measure: {method: {given: [one a seed]}}}.
-
-    Those that differ in the seed alone share a row; of several rows of one method the later name
-    their folder.
-    """
-    tables, labels = {}, {}
-    data, judges = set(), set()
-    for folder in s.report:
-        path = Path(folder) / "results.json"
-        try:
-            record = json.loads(path.read_text("utf-8"))
-            run, found = type(s)(**record["settings"]), record["tables"]
-        except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise InputError(f"{path} is no table of a finished run of this script "
-                             f"({why(problem)}): leave it out") from problem
-        settings = run.training_settings("prior")
-        data.add((settings["data"], run.size))
-        if run.judge:
-            judges.add((Path(run.judge).resolve(), run.measured))
-        kind = json.dumps({**settings, "evaluations": run.evaluations, "seed": None})
-        if kind not in labels:
-            taken = run.method in labels.values()
-            labels[kind] = f"{run.method} ({folder})" if taken else run.method
-        for title, given, measure, value in entries(found):
-            row = tables.setdefault(f"{title}: {measure}", {}).setdefault(labels[kind], {})
-            row.setdefault(given, []).append(value)
-    if len(data) > 1 or len(judges) > 1:
-        raise InputError("the runs differ in --data, --size, --judge or --measured: report those "
-                         "apart")
-    return tables
-
-
 def save_results(s, results):
-    """Write results, the settings and the machine to results.json in the folder s.out."""
+    """Show the tables of results, and write all of it, the settings and the machine to results.json
+    in the folder s.out."""
+    show(results["tables"])
     path = Path(s.out) / "results.json"
-    for title, row, column, value in entries(results["tables"]):
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{title}, {row}, {column} is {value}: look at the curves in "
-                                     "model.png and at the data")
     record = {
         "settings": asdict(s),
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "images trained per second": s.steps * s.batch_size / results["seconds"]["model"],
         **results,
     }
     if s.device.startswith("cuda"):
         record["device"] = torch.cuda.get_device_name(s.device)
         record["peak memory, GiB"] = torch.cuda.max_memory_allocated(s.device) / 2**30
-    path.write_text(json.dumps(record, indent=1), "utf-8")
+    try:
+        path.write_text(json.dumps(record, indent=1, allow_nan=False), "utf-8")
+    except ValueError as problem:
+        raise FloatingPointError("a table holds a number that is not finite: look at the curves in "
+                                 "model.png and at the data") from problem
     print(f"\nNumbers are in {path}.")
 
 
@@ -1833,13 +1739,7 @@ def export(folder, pictures):
 def read_lines(path):
     """The lines of a text file, whatever its line ends, with or without a byte-order mark; what is
     not UTF-8 in it is replaced."""
-    try:
-        text = path.read_text("utf-8-sig", "replace")
-    except OSError as problem:
-        raise InputError(f"{path} cannot be opened ({why(problem)})") from problem
-    if "\0" in text:
-        raise InputError(f"{path} is no text in UTF-8: get it anew")
-    return text.splitlines()
+    return path.read_text("utf-8-sig", "replace").splitlines()
 
 
 def read_table(path, pair, header=0, keys=()):
@@ -1862,6 +1762,15 @@ def read_table(path, pair, header=0, keys=()):
     return table
 
 
+def check_splits(rows, path):
+    """Of {split: its pictures' rows}, as path has it, each split needs two: the tables have
+    covariances."""
+    for split, some in rows.items():
+        if len(some) < 2:
+            raise InputError(f"{path} has {len(some)} pictures of the {split} split: at least 2 "
+                             "are needed")
+
+
 def open_picture(path, mode):
     """The PIL image in a file, decoded."""
     try:
@@ -1874,13 +1783,13 @@ def decode_cached(cache, read, names):
     """[read(name) for each name], in threads; kept in the file cache and taken from there."""
     if cache.exists():
         kept = read_checkpoint(cache)
-        if kept["settings"] == names:
+        if kept.get("names") == names:
             return kept["arrays"]
     with ThreadPoolExecutor() as pool:
         arrays = list(tqdm(pool.map(read, names), "decoding pictures", len(names)))
     arrays = torch.from_numpy(np.stack(arrays))
     try:
-        save_checkpoint(cache, {"settings": names, "arrays": arrays})
+        save_checkpoint(cache, {"names": names, "arrays": arrays})
     except InputError as problem:
         print(f"The pictures will be decoded again at each run: {problem}.")
     return arrays

@@ -17,9 +17,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from decimal import Decimal, getcontext
 from functools import partial
 from pathlib import Path
@@ -827,14 +826,6 @@ def test_a_categorical_is_refused_before_training_and_one_hot_works(inside):
     assert_close(decoder.sample(z), torch.full((2, 3), 1 / 3))
 
 
-@pytest.mark.parametrize("name", ["ELBO", "surrogate", "KL", "gradient", "step", "seconds"])
-def test_no_modality_has_the_name_of_a_term(name):
-    one, other = {"x": nn.Identity()}, {name: nn.Identity()}
-    for encoders, decoders in ((one, other), (other, one)):
-        with refused(f"{name} is the name of a term"):
-            dm.DiffMVAE(encoders, decoders)
-
-
 # ---- 6  Latent prior -----------------------------------------------------------------------------
 
 def test_latent_prior_standardises():
@@ -1313,7 +1304,7 @@ class Malicious:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("content", [b"not a checkpoint", {"step": 1}, [1], Malicious("executed")])
+@pytest.mark.parametrize("content", [b"not a checkpoint", [1], Malicious("executed")])
 def test_what_is_no_checkpoint_is_refused_and_code_in_it_is_not_run(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     path = Path("model.pt")
@@ -1345,14 +1336,6 @@ def test_a_broken_loss_stops_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(FloatingPointError, match=message):
         toy(tmp_path, size=math.nan)
     assert (tmp_path / "model.pt").read_bytes() == before
-
-
-def test_training_in_a_thread_is_the_same(tmp_path):
-    trained = []
-    thread = threading.Thread(target=lambda: trained.extend(toy(tmp_path / "thread")))
-    thread.start()
-    thread.join()
-    assert all(torch.equal(a, b) for a, b in zip(toy(tmp_path / "main"), trained, strict=True))
 
 
 def test_what_is_only_to_be_looked_at_ends_no_training(tmp_path, capsys):
@@ -1468,7 +1451,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
 
 
 def test_causes_are_short_and_plain():
-    assert dm.why(ValueError("\x1b[1mno\x1b[0;31m\n way")) == "no way"
+    assert dm.why(ValueError("no\n way")) == "no way"
     assert dm.why(ValueError("long " * 99)).count("long") == 25
     assert dm.why(KeyError()) == "KeyError"
 
@@ -1498,8 +1481,9 @@ def test_frechet_distance_of_two_gaussians(seed):
 
 
 def test_features_that_are_not_finite_are_named():
-    with pytest.raises(FloatingPointError, match="features are not finite"):
-        dm.frechet_distance(torch.randn(9, 3), torch.full((9, 3), torch.nan))
+    for b in (torch.full((9, 3), torch.nan), torch.randn(1, 3)):
+        with pytest.raises(FloatingPointError, match="features are not finite, or of one picture"):
+            dm.frechet_distance(torch.randn(9, 3), b)
 
 
 def test_save_grid(tmp_path):
@@ -1644,29 +1628,17 @@ def test_a_device_that_cannot_be_used_is_refused(command, capsys, device):
 def test_streams_without_letters_and_streams_that_are_no_files(command):
     written = io.BytesIO()
     sys.stdout = io.TextIOWrapper(written, "ascii")
-    command(lambda s: dm.show({"Fréchet": {"é": {"d": [0.5, 0.5]}}}))
+    command(lambda s: dm.show({"F1": {"é": {"d": 0.25}, "e": {"d": 0.5}}}))
     sys.stdout.flush()
-    assert b"| ? | 0.500 ? 0.000 |" in written.getvalue()
+    assert b"0.250" not in written.getvalue() and b"| e | 0.500 |" in written.getvalue()
     sys.stdout = text = io.StringIO()  # it has no encoding, and no reconfigure
     command(lambda s: print("é", sys.stdout.isatty()))
     assert text.getvalue() == "é False\n"
 
 
-@pytest.mark.parametrize("name, value, ends", [
-    ("steps", 0, "at least 1"), ("multipliers", [1, 0], "at least 1"), ("seed", -1, "0 to"),
-    ("seed", 2**63, "0 to"), ("ema", -0.1, "0 to 1"), ("ema", 2.0, "0 to 1"),
-    ("weight", math.inf, "at least 0"), ("beta", -1.0, "at least 0"),
-    ("rate", math.nan, "at least 0"), ("tokens", 2, "3 to 512"), ("tokens", 513, "3 to 512"),
-    ("measured", 1, "at least 2"), ("attention", -1, "at least 0"),
-])
-def test_nonsense_is_refused(name, value, ends):
-    with refused(re.escape(f"--{name.replace('_', '-')} {value}: give {ends}")):
-        cub.Settings(**{name: value})
-
-
 @pytest.mark.parametrize("name", ["weighting", "family", "decoder", "prior_net", "text"])
 def test_choices_are_checked_from_python_too(name):
-    with refused(rf"--{name.replace('_', '-')} velo: choose from \('\w+', '"):
+    with refused(rf"{name} 'velo': choose from \('\w+', '"):
         cub.Settings(**{name: "velo"})
     cub.Settings(seed=0, dropout=0.0, attention=0, beta=0.0)  # where 0 has a meaning
 
@@ -1679,7 +1651,7 @@ def test_paths_and_numbers_of_numpy_are_settings(tmp_path, quick):
     assert types == [str, int, float, float, int, float]
     celeba.run(s)
     assert celeba.Settings(**results_in(tmp_path)["settings"]) == s
-    settings = dm.read_checkpoint(tmp_path / "model.pt", None)["settings"]
+    settings = dm.read_checkpoint(tmp_path / "model.pt")["settings"]
     assert settings["multipliers"] == [1, 2] and type(settings["rate"]) is float
     celeba.load(tmp_path)
 
@@ -1718,22 +1690,11 @@ def test_defaults_for_drawn_real_and_small():
         celeba.Settings(small=True)
 
 
-@pytest.mark.parametrize("options, name", [
-    ({}, "Diff-MVAE*"), (dict(weighting="likelihood"), "Diff-MVAE"),
-    (dict(weighting="simple", family="mvae"), "Diff-MVAE*, mvae"),
-    (dict(weighting="likelihood", family="mvtcae"), "Diff-MVAE, mvtcae"),
-    (dict(decoder="feedforward"), "MoPoE*"),
-    (dict(decoder="feedforward", family="mvtcae"), "MVTCAE*"),
-])
-def test_methods_have_the_names_of_the_paper(options, name):
-    assert celeba.Settings(**options).method == name
-
-
 @pytest.mark.parametrize("wrong, message", [
     (dict(latent_dim=60, prior_net="unet"), "--latent-dim 60: .* a number squared"),
     (dict(size=22), "size 22 cannot be halved"), (dict(patch=3), "size 32 cannot be halved"),
     (dict(attention=5), r"--attention 5: give 0 or one of \[16, 8\]"),
-    (dict(channels=12), "12 channels for 8 heads"), (dict(encoder_channels=5), "an even number"),
+    (dict(channels=12), "12 channels for 8 heads"),
 ])
 def test_sizes_that_do_not_fit_are_refused(wrong, message):
     with refused(message):
@@ -1910,51 +1871,9 @@ def test_nats_where_the_evidence_is_known():
     assert found == {term: {"nats": approx(v, rel=1e-5, abs=1e-6)} for term, v in terms.items()}
 
 
-def test_report_is_mean_and_deviation_over_seeds(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def finished(name, value=0.5, **options):
-        tables = {"F1 given": {"the image": {"mask": value}, "nothing": {"mask": 0.5}}}
-        results = {"settings": asdict(tiny(out=name, **options)), "tables": tables}
-        return written(name, json.dumps(results))
-
-    def written(name, results):
-        Path(name).mkdir()
-        Path(name, "results.json").write_text(results)
-        return name
-
-    judge = dict(judge="sup", measured=7)
-    runs = [finished(f"star{k}", v, seed=k, **judge) for k, v in enumerate((0.25, 0.5, 0.75))]
-    runs += [finished("mopoe", 0.125, decoder="feedforward", **judge)]
-    runs += [finished("sup", 1.0, decoder="none")]
-    runs += [finished("long", 0.625, steps=9, seed=5, **judge)]
-    runs += [finished("few", 0.75, evaluations=5, seed=5, **judge)]
-    slashed = [finished(f"x{k}", seed=k, data=folder) for k, folder in enumerate(("x", "x/"))]
-    assert dm.report(celeba.Settings(report=slashed))["F1 given: mask"]  # are of the same data
-    dm.show(dm.report(celeba.Settings(report=runs)))
-    assert capsys.readouterr().out == (
-        "\n| F1 given: mask | the image | nothing |\n|---|---|---|\n"
-        "| Diff-MVAE* | 0.500 ± 0.250 | 0.500 ± 0.000 |\n"
-        "| MoPoE* | 0.125 | 0.500 |\n| Supervised | 1.000 | 0.500 |\n"
-        "| Diff-MVAE* (long) | 0.625 | 0.500 |\n| Diff-MVAE* (few) | 0.750 | 0.500 |\n"
-    )
-    for run, message in (
-        (finished("fewer", family="mvae", judge="sup", measured=6), "^the runs differ in --data"),
-        (finished("other", family="mvae", judge="s", measured=7), "^the runs differ in --data"),
-        (finished("real", family="mvae", data="real"), "^the runs differ in --data, --size"),
-        (finished("big", size=32), "^the runs differ in --data, --size, --judge or --measured"),
-        ("nowhere", "^nowhere/results.json is no table of a finished run of this script"),
-        (written("broken", "{"), "^broken/results.json is no table"),
-        (written("old", '{"settings": {"size": 16, "x": 1}, "tables": {}}'), "is no table"),
-        (written("none", "{}"), "^none/results.json is no table"),
-    ):
-        with refused(message):
-            dm.report(celeba.Settings(report=[*runs, run]))
-
-
 def test_no_file_holds_nan(tmp_path):
     s, table = tiny(out=tmp_path), {"F1": {"the image": {"mask": math.nan}}}
-    with pytest.raises(FloatingPointError, match="F1, the image, mask is nan"):
+    with pytest.raises(FloatingPointError, match="holds a number that is not finite: look at"):
         dm.save_results(s, {"tables": table, "seconds": {"model": 1}})
     assert not any(tmp_path.iterdir())
 
@@ -1990,10 +1909,7 @@ def test_files_of_other_systems_are_read_and_what_cannot_be_is_named(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo \xe9")
     assert dm.read_lines(path) == ["one", "two \ufffd"]
-    path.write_bytes(bytes(90))
-    with refused("list.txt is no text in UTF-8: get it anew"):
-        dm.read_lines(path)
-    for read in (dm.read_checkpoint, dm.read_lines, partial(dm.open_picture, mode="L")):
+    for read in (dm.read_checkpoint, partial(dm.open_picture, mode="L")):
         with refused(f"^{tmp_path} cannot be .*Is a directory"):
             read(tmp_path)
 
@@ -2125,7 +2041,7 @@ def without_mask(folder):
     (changed(ANNO, "5\n", "6\n"), "has 5 faces, its first line says 6"),
     (changed(MAPPING, "2001 162770 162771.jpg", "2001"), r"mapping.txt, line 3 \(2001\) is not as"),
     (changed(MAPPING, "2 182637 182638.jpg", ""), "mapping.txt lacks picture 2:"),
-    (changed(MAPPING, "182637", "200"), "lists 1 pictures of CelebA's test split: at least 2"),
+    (changed(MAPPING, "182637", "200"), "has 1 pictures of the test split: at least 2"),
     (lambda folder: (folder / PICTURE).unlink(), r"3\.jpg cannot be read"),
     (lambda folder: os.truncate(folder / PICTURE, 500), r"3\.jpg cannot be read"),
     (lambda folder: (folder / PICTURE).parent.rename(folder / "x"), "CelebA-HQ-img is missing"),
@@ -2521,8 +2437,6 @@ def test_drawn_birds_show_what_their_captions_say(seed):
     assert said.items() <= f.items() and len(said) >= 4
     assert ("shape" in said) == ("bill" in said)
     assert ("size" in said) == (f["size"] in caption.split())
-    assert re.fullmatch(cub.GRAMMAR, caption)
-    assert not re.fullmatch(cub.GRAMMAR, caption.replace(" and", "", 1))
     (seen,) = cub.read_colours(torch.tensor(picture).permute(2, 0, 1)[None] / 127.5 - 1)
     assert seen == {part: f[part] for part in cub.SPOT}
 
@@ -2561,9 +2475,8 @@ def test_coherence_by_hand():
     captions = [f"this bird has a red cap and a {rest}" for rest in ("red throat", "blue wing")]
     factors = [{"crown": "red", "body": "blue"}, {"crown": "red", "wing": "red"}]
     pairs = {"caption from image": (pictures, captions), "other": (pictures, ["zzz"] * 2)}
-    given = {"colours": 3 / 4, "all factors": 2 / 4, "claims": 2, "grammatical": 1}
-    nothing = {"colours": 0, "claims": 0, "grammatical": 0}
-    assert cub.coherence(pairs, factors) == {"caption from image": given, "other": nothing}
+    given = {"colours": 3 / 4, "all factors": 2 / 4}
+    assert cub.coherence(pairs, factors) == {"caption from image": given, "other": {"colours": 0}}
 
 
 @pytest.fixture
@@ -2604,7 +2517,7 @@ def test_released_birds_are_read_back(released_birds):
     ("../text/1.A/one.txt", "\n \n", "one.txt is missing or holds no caption"),
     ("train_test_split.txt", "1 2\n2 0\n3 1\n", r"split.txt, line 1 \(1 2\) is not as"),
     ("train_test_split.txt", "\n2 0\n3 1\n4 0\n5 0\n6 0\n", "split.txt lacks picture 1"),
-    ("train_test_split.txt", "1 0\n2 0\n3 0\n4 0\n5 0\n6 0\n", "lists 0 pictures to train: at"),
+    ("train_test_split.txt", "1 0\n2 0\n3 0\n4 0\n5 0\n6 0\n", "has 0 pictures of the train split: at"),
 ])
 def test_bad_birds_are_named(released_birds, file, text, message):
     path = released_birds / "CUB_200_2011" / file
@@ -2912,10 +2825,7 @@ def test_celeba_end_to_end(tmp_path, capsys, quick, options):
     shown = capsys.readouterr().out
     assert shown.startswith("These faces are drawn; --data CelebAMask-HQ")
     assert ("ELBO" in shown) == s.is_bound
-    results = results_in(tmp_path)
-    assert set(results["tables"]["F1 given"]["nothing"]) == {"attributes", "mask"}
-    for measure in ("images sampled per second", "images trained per second"):
-        assert results[measure] > 0
+    assert set(results_in(tmp_path)["tables"]["F1 given"]["nothing"]) == {"attributes", "mask"}
     width, height = Image.open(sheet).size
     assert height // 66 == 9 and 10 * 66 < width < 13 * 66  # ten faces and the labels
     first = sheet.read_bytes()
@@ -2925,7 +2835,7 @@ def test_celeba_end_to_end(tmp_path, capsys, quick, options):
     assert model.decode(prior.sample(2))["image"].shape == (2, 3, 16, 16)
 
 
-def test_faces_are_judged_and_exported(tmp_path, monkeypatch, capsys, quick):
+def test_faces_are_judged_and_exported(tmp_path, monkeypatch, quick):
     monkeypatch.chdir(tmp_path)
     celeba.run(tiny(out="supervised", decoder="none"))
     assert not Path("supervised/prior.pt").exists()
@@ -2940,10 +2850,6 @@ def test_faces_are_judged_and_exported(tmp_path, monkeypatch, capsys, quick):
                 "latent-prior", "N-0-I"}
     found = {folder.name: len(list(folder.iterdir())) for folder in Path("png").iterdir()}
     assert found == dict.fromkeys(exported, 5)
-    capsys.readouterr()
-    dm.show(dm.report(celeba.Settings(report=["supervised", "run"])))
-    shown = capsys.readouterr().out
-    assert shown.count("| Supervised |") == 2 and shown.count("| Diff-MVAE* |") == 7
 
 
 @pytest.mark.parametrize("options", [{}, dict(decoder="feedforward", family="mvae")])
@@ -2959,7 +2865,7 @@ def test_cub_end_to_end(tmp_path, capsys, quick, options):
     table = tables["coherence"]
     made = {"caption from image", "image from caption"} | FROM_NOTHING
     assert set(table) == made | {"real", "real, shuffled"}
-    assert table["real"]["all factors"] == 1 and table["real"]["grammatical"] == 1
+    assert table["real"]["all factors"] == 1
     for measure in ("colours", "all factors"):
         assert table["real, shuffled"][measure] < 0.5 < table["real"][measure]
     first = sheet.read_bytes()

@@ -9,7 +9,6 @@ The same command run again goes on where it stopped.
 """
 
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,10 @@ from tqdm import tqdm
 
 import diffmvae
 from diffmvae import (
-    ConvDecoder, ConvEncoder, Encoder, FeedForward, InputError, bernoulli, check_judge, conv_widths,
-    decode_cached, export, f1_score, features, image_networks, infer, judged, latent_prior,
-    load_run, main, mlp, multimodal, nats, on_device, open_picture, read_lines, read_table, sample,
-    save_grid, save_results, show, train, unconditional,
+    ConvDecoder, ConvEncoder, Encoder, FeedForward, InputError, bernoulli, check_judge,
+    check_splits, conv_widths, decode_cached, export, f1_score, features, image_networks, infer,
+    judged, latent_prior, load_run, main, mlp, multimodal, nats, on_device, open_picture,
+    read_lines, read_table, sample, save_grid, save_results, train, unconditional,
 )
 
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
@@ -276,10 +275,7 @@ def read_faces(folder, size):
     origin = read_table(mapping, lambda k, index, *_: (int(k), int(index)), 1, known)
     rows = {split: [row for row, k in enumerate(known) if origin[k] in indices]
             for split, indices in SPLITS.items()}
-    for split in rows:
-        if len(rows[split]) < 2:  # no covariance, which the tables need
-            raise InputError(f"{anno} lists {len(rows[split])} pictures of CelebA's {split} split: "
-                             "at least 2 are needed")
+    check_splits(rows, anno)
     cache = folder / f"diffmvae-{size}.pt"
     layers = decode_cached(cache, lambda k: read_face(folder, k, size), list(known))
     attributes = torch.tensor(list(known.values()))
@@ -383,7 +379,7 @@ def pictures_table(judge, made, real):
 
 
 def run(s):
-    """Data, both stages of training, the tables on the screen, results.json, samples.png."""
+    """Data, both stages of training, samples.png, the tables in results.json."""
     judge = None
     if s.judge:
         check_judge(s)
@@ -406,16 +402,12 @@ def run(s):
         x = get_batch(test, slice(s.measured if s.judge or s.export else 10))
         as_many = slice(len(x["image"]))
         training = get_batch(data["train"], as_many)
-        started = time.monotonic()
         made = draw(Path(s.out) / "samples.png", model, x, prior, training)
-        sampled = len(x["image"]) * len(made)
-        results["images sampled per second"] = sampled / (time.monotonic() - started)
     if judge is not None:
         others = {"drawn anew": get_batch(data["anew"], as_many)} if "anew" in data else {}
         table = pictures_table(judge, {**others, **made}, get_batch(test)["image"])
         results["tables"]["pictures given"] = table
     save_results(s, results)
-    show(results["tables"])
     if s.export:
         pictures = {label: parts["image"] for label, parts in made.items()}
         export(s.export, {"real": x["image"], **pictures})
