@@ -1315,7 +1315,8 @@ class Settings:
     prior_steps: int = option("training steps of the latent prior")
     prior_batch: int = option("latents in such a step", 256)
     prior_rate: float = option("its learning rate")
-    evaluations: int = option("of the network for a picture (default: 20, or 100 for a bound)")
+    evaluations: int = option("of the network for a picture (default: 20, of drawn birds 8, for a "
+                              "bound 100)")
     measured: int = option("pictures generated of each kind for the tables")
 
     kinds = ("drawn", "real", "small")  # drawn data, real data, real data with --small
@@ -1332,7 +1333,8 @@ class Settings:
         "prior_rate": (2e-3, 1e-3, 2e-3),
         "measured": (256, 6000, 256),
     }
-    surrogate_weight = 1.0  # default weight where the picture's term is a surrogate, not nats
+    surrogate_weight = 1.0  # default weight where the image's term is a surrogate, not nats
+    drawn_evaluations = None  # default evaluations for drawn data there, if not Diffusion's
     # What may change in a run; small only chooses defaults.
     free = ("out", "judge", "export", "device", "compile", "evaluations", "measured", "small")
 
@@ -1408,6 +1410,13 @@ class Settings:
         if self.weight is not None:
             return self.weight
         return 1.0 if self.in_nats else self.surrogate_weight
+
+    @property
+    def picture_evaluations(self):
+        """The given ones or their default, None for what Diffusion has."""
+        if self.evaluations is None and not self.data and not self.in_nats:
+            return self.drawn_evaluations
+        return self.evaluations
 
     @property
     def is_bound(self):
@@ -1503,7 +1512,8 @@ def diffusion_decoder(s):
     unet = UNet(2, 3, s.size, s.channels, s.multipliers, attention=attention, dropout=s.dropout,
                 z_dim=s.latent_dim, patch=s.patch)
     shape = (3, s.size, s.size)
-    return Diffusion(unet, shape, weighting=s.weighting, evaluations=s.evaluations)
+    return Diffusion(unet, shape, weighting=s.weighting,
+                     evaluations=s.picture_evaluations)
 
 
 def conv_widths(s):

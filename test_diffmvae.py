@@ -1672,7 +1672,13 @@ def test_settings_of_the_bound_and_of_the_surrogate():
     supervised = celeba.Settings(decoder="none", weighting="likelihood")
     assert found(supervised) == (0, 10, "surrogate", False, False)
     assert celeba.Settings(decoder="none", beta=0.5).kl_weight == 0.5
-    assert cub.Settings().label_weight == 5
+    birds = cub.Settings()
+    assert (birds.label_weight, birds.picture_evaluations, s.picture_evaluations) == (5, 8, None)
+    for changes in (dict(weighting="likelihood"), dict(decoder="feedforward")):
+        assert replace(birds, **changes).picture_evaluations is None
+    assert cub.Settings(data="x", small=True).picture_evaluations is None
+    assert cub.Settings(evaluations=50).picture_evaluations == 50
+    assert dm.diffusion_decoder(tiny(cub.Settings)).evaluations == 8
     model, _ = celeba.build(tiny())
     assert model.beta == 0.01 and model.term_weights == {"attributes": 10}
 

@@ -63,6 +63,8 @@ class Settings(diffmvae.Settings):
         "tokens": (28, 64, 32),
     }
     surrogate_weight = 5.0
+    # The first evaluation paints z's colours; each further one at high noise lets chance ones in.
+    drawn_evaluations = 8
     free = (*diffmvae.Settings.free, "clip")
 
 
