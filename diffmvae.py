@@ -26,7 +26,6 @@ import json
 import math
 import os
 import platform
-import re
 import signal
 import sys
 import textwrap
@@ -1280,7 +1279,6 @@ class Settings:
                          action=BooleanOptionalAction)
     out: str = option("folder for checkpoints, numbers and pictures")
     judge: str = option("folder of a Supervised run, by which generated pictures are measured", "")
-    export: str = option("folder for PNGs of real and generated pictures, as for FID", "")
     seed: int = option("seed of all randomness", 0)
     device: str = option("cuda, mps or cpu", "cuda" if torch.cuda.is_available() else "cpu")
     compile: bool = option("compile the networks before training, which takes minutes (default: "
@@ -1336,7 +1334,7 @@ class Settings:
     surrogate_weight = 1.0  # default weight where the image's term is a surrogate, not nats
     drawn_evaluations = None  # default evaluations for drawn data there, if not Diffusion's
     # What may change in a run; small only chooses defaults.
-    free = ("out", "judge", "export", "device", "compile", "evaluations", "measured", "small")
+    free = ("out", "judge", "device", "compile", "evaluations", "measured", "small")
 
     def __post_init__(self):
         if self.small and not self.data:
@@ -1350,9 +1348,9 @@ class Settings:
                 value = self.defaults_of(setting)[kind]
             if value is not None:
                 setattr(self, setting.name, self.converted(setting, value))
-        if self.decoder == "none" and (self.judge or self.export or self.family != "mopoe"):
+        if self.decoder == "none" and (self.judge or self.family != "mopoe"):
             raise InputError("--decoder none has one encoder and draws no pictures: leave out "
-                             "--family, --judge and --export")
+                             "--family and --judge")
 
     @classmethod
     def defaults_of(cls, setting):
@@ -1731,17 +1729,6 @@ def save_results(s, results):
         raise FloatingPointError("a table holds a number that is not finite: look at the curves in "
                                  "model.png and at the data") from problem
     print(f"\nNumbers are in {path}.")
-
-
-def export(folder, pictures):
-    """{label: (n, 3, H, W)} as folder/label/00000.png, for FID (Tables 1 and 3) by pytorch-fid."""
-    for label, row in pictures.items():
-        place = Path(folder) / "-".join(re.findall(r"\w+", label))
-        place.mkdir(parents=True, exist_ok=True)
-        for old in place.glob("[0-9]" * 5 + ".png"):  # of a longer export before
-            old.unlink()
-        for k, pixels in enumerate(tqdm(to_bytes(row), f"writing {place}", leave=False)):
-            Image.fromarray(pixels).save(place / f"{k:05d}.png")
 
 
 # Reading data

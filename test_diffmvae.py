@@ -1834,7 +1834,7 @@ def test_only_a_supervised_run_on_such_pictures_judges(tmp_path):
             dm.check_judge(tiny(**options))
     with refused("model.pt is missing: that run has to be made first"):
         dm.check_judge(tiny(judge="nowhere"))
-    for options in (dict(judge="x"), dict(export="x"), dict(family="mvtcae")):
+    for options in (dict(judge="x"), dict(family="mvtcae")):
         with refused("--decoder none has one encoder and draws no pictures: leave out"):
             cub.Settings(decoder="none", **options)
 
@@ -1882,22 +1882,6 @@ def test_no_file_holds_nan(tmp_path):
     with pytest.raises(FloatingPointError, match="holds a number that is not finite: look at"):
         dm.save_results(s, {"tables": table, "seconds": {"model": 1}})
     assert not any(tmp_path.iterdir())
-
-
-def test_export_writes_what_is_measured(tmp_path):
-    pictures, folder = torch.rand(3, 3, 8, 8) * 2.4 - 1.2, tmp_path / "N-0-I"
-    folder.mkdir()
-    for stale in ("00007.png", "mine.png"):
-        (folder / stale).touch()
-    dm.export(tmp_path, {"N(0, I)": pictures, "mask + attributes": pictures.flip(0)})
-    names = ["00000.png", "00001.png", "00002.png"]
-    assert {path.name for path in folder.iterdir()} == {*names, "mine.png"}
-    for picture, name, reverse in zip(pictures, names, names[::-1]):
-        written = np.asarray(Image.open(folder / name))
-        again = np.asarray(Image.open(tmp_path / "mask-attributes" / reverse))
-        expected = ((picture.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
-        assert written.shape == (8, 8, 3) and np.array_equal(written, again)
-        assert np.abs(written - expected).max() <= 0.51
 
 
 def test_pictures_are_decoded_once(tmp_path, capsys):
@@ -2841,21 +2825,17 @@ def test_celeba_end_to_end(tmp_path, capsys, quick, options):
     assert model.decode(prior.sample(2))["image"].shape == (2, 3, 16, 16)
 
 
-def test_faces_are_judged_and_exported(tmp_path, monkeypatch, quick):
+def test_faces_are_judged(tmp_path, monkeypatch, quick):
     monkeypatch.chdir(tmp_path)
     celeba.run(tiny(out="supervised", decoder="none"))
     assert not Path("supervised/prior.pt").exists()
-    celeba.run(tiny(out="run", judge="supervised", export="png", measured=5))
+    celeba.run(tiny(out="run", judge="supervised", measured=5))
     table = results_in("run")["tables"]["pictures given"]
     given = {"image", "mask + attributes", "mask", "attributes"} | FROM_NOTHING
     assert set(table) == given | {"drawn anew"}
     measures = {"Fréchet distance", "sharpness", "grain", "coherence, mask",
                 "coherence, attributes"}
     assert set(table["N(0, I)"]) == measures == set(table["drawn anew"])
-    exported = {"real", "image", "mask-attributes", "mask", "attributes", "aggregate-posterior",
-                "latent-prior", "N-0-I"}
-    found = {folder.name: len(list(folder.iterdir())) for folder in Path("png").iterdir()}
-    assert found == dict.fromkeys(exported, 5)
 
 
 @pytest.mark.parametrize("options", [{}, dict(decoder="feedforward", family="mvae")])
@@ -2870,10 +2850,8 @@ def test_cub_end_to_end(tmp_path, capsys, quick, options):
     assert ("Eq. 5" in tables) == s.is_bound
     table = tables["coherence"]
     made = {"caption from image", "image from caption"} | FROM_NOTHING
-    assert set(table) == made | {"real", "real, shuffled"}
-    assert table["real"]["all factors"] == 1
-    for measure in ("colours", "all factors"):
-        assert table["real, shuffled"][measure] < 0.5 < table["real"][measure]
+    assert set(table) == made | {"real"}
+    assert table["real"]["all factors"] == 1 and table["real"]["colours"] > 0.9
     first = sheet.read_bytes()
     cub.run(s)  # all is trained: measures and draws, the same
     assert sheet.read_bytes() == first
@@ -2883,27 +2861,23 @@ def test_cub_end_to_end(tmp_path, capsys, quick, options):
     assert len(cub.spell(tokenizers, decoded["caption"])) == 2
 
 
-def test_birds_are_judged_and_exported(tmp_path, monkeypatch, quick):
+def test_birds_are_judged(tmp_path, monkeypatch, quick):
     monkeypatch.chdir(tmp_path)
     cub.run(tiny(cub.Settings, out="supervised", decoder="none", measured=4))
     assert not Path("supervised/prior.pt").exists()
     nats = results_in("supervised")["tables"]["log p of the caption, z given"]
     assert set(nats) == {"the image", "another bird's image"}
-    s = tiny(cub.Settings, out="run", judge="supervised", export="png", measured=4)
-    cub.run(s)
+    cub.run(tiny(cub.Settings, out="run", judge="supervised", measured=4))
     table = results_in("run")["tables"]["pictures given"]
     assert set(table) == {"drawn anew", "image from caption"} | FROM_NOTHING
     measures = {"Fréchet distance", "sharpness", "grain", "log p(caption)", "caption agrees"}
     assert all(set(row) == measures for row in table.values())
-    assert len(list(Path("png", "image-from-caption").iterdir())) == 4
 
 
 def test_real_faces_end_to_end(tmp_path, released, quick):
-    s = tiny(out=tmp_path / "run", data=released, export=tmp_path / "png", attention=0)
+    s = tiny(out=tmp_path / "run", data=released, attention=0)
     celeba.run(s)
     assert results_in(s.out)["tables"]["F1 given"]["the image"].keys() == {"mask", "attributes"}
-    for folder in (tmp_path / "png").iterdir():
-        assert len(list(folder.iterdir())) == 2  # as many as there are to test
 
 
 def test_real_birds_end_to_end_and_other_birds_are_refused(tmp_path, released_birds, quick):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import diffmvae
 from diffmvae import (
     ConvDecoder, ConvEncoder, Encoder, FeedForward, InputError, bernoulli, check_judge,
-    check_splits, conv_widths, decode_cached, export, f1_score, features, image_networks, infer,
+    check_splits, conv_widths, decode_cached, f1_score, features, image_networks, infer,
     judged, latent_prior, load_run, main, mlp, multimodal, nats, on_device, open_picture,
     read_lines, read_table, sample, save_grid, save_results, train, unconditional,
 )
@@ -399,7 +399,7 @@ def run(s):
     if s.is_bound:
         results["tables"]["Eq. 5"] = nats(model, test, get_batch)
     if prior is not None:
-        x = get_batch(test, slice(s.measured if s.judge or s.export else 10))
+        x = get_batch(test, slice(s.measured if s.judge else 10))
         as_many = slice(len(x["image"]))
         training = get_batch(data["train"], as_many)
         made = draw(Path(s.out) / "samples.png", model, x, prior, training)
@@ -408,9 +408,6 @@ def run(s):
         table = pictures_table(judge, {**others, **made}, get_batch(test)["image"])
         results["tables"]["pictures given"] = table
     save_results(s, results)
-    if s.export:
-        pictures = {label: parts["image"] for label, parts in made.items()}
-        export(s.export, {"real": x["image"], **pictures})
 
 
 if __name__ == "__main__":
