@@ -948,15 +948,6 @@ def read_checkpoint(path):
                          "or take another folder") from problem
 
 
-def check_same(path, was, now):
-    """Refuse to go on from the checkpoint path where the settings were others."""
-    changes = [f"{name} was {was.get(name)!r} and is {now.get(name)!r}"
-               for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
-    if changes:
-        raise InputError(f"{path} is of another run ({', '.join(changes)}): repeat its flags, and "
-                         "give it its data, or change --out")
-
-
 def checksum(data):
     """How many examples, and a checksum of all that they hold: what a checkpoint was trained on."""
     crc, n = 0, len(next(iter(data.values())))
@@ -1036,6 +1027,26 @@ def look(path, history, averaged, watch):
         tqdm.write(f"{why(problem)}: training goes on")
 
 
+def resume(path, settings, parts):
+    """Load the checkpoint path into parts, {name: what has a state_dict}: step, seconds, history.
+
+    Where there is none, training starts; one of other settings is refused.
+    """
+    if not path.exists():
+        return 0, 0.0, []
+    state = read_checkpoint(path)
+    was = state.get("settings", {})
+    changes = [f"{name} was {was.get(name)!r} and is {settings.get(name)!r}"
+               for name in sorted(was.keys() | settings.keys())
+               if was.get(name) != settings.get(name)]
+    if changes:
+        raise InputError(f"{path} is of another run ({', '.join(changes)}): repeat its flags, and "
+                         "give it its data, or change --out")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"], state["seconds"], state["history"]
+
+
 def fit(s, stage, model, rates, terms, objective, data, watch=None):
     """Train model with Adam; return its moving average, the model from then on, and the seconds.
 
@@ -1046,19 +1057,13 @@ def fit(s, stage, model, rates, terms, objective, data, watch=None):
     """
     path = Path(s.out) / f"{stage}.pt"
     settings = {**s.training_settings(stage), "examples": checksum(data)}
-    n, (steps, batch_size) = len(next(iter(data.values()))), s.length(stage)
+    n = len(next(iter(data.values())))
+    steps, batch_size = s.length(stage)
     averaged = copy.deepcopy(model.train()).eval().requires_grad_(False)
     groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates]
     optimizer = torch.optim.Adam(groups, fused=True)
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
-    state = {"step": 0, "seconds": 0.0, "history": []}
-    if path.exists():
-        state = read_checkpoint(path)
-        check_same(path, state.get("settings", {}), settings)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    step, seconds = state["step"], state["seconds"]
-    history = state["history"]
+    step, seconds, history = resume(path, settings, parts)
     interval, reading = max(INTERVAL, steps // 100), max(READING, steps // 500)
     last_row, sums = step, {}
     started = time.monotonic() - seconds
@@ -1510,8 +1515,7 @@ def diffusion_decoder(s):
     unet = UNet(2, 3, s.size, s.channels, s.multipliers, attention=attention, dropout=s.dropout,
                 z_dim=s.latent_dim, patch=s.patch)
     shape = (3, s.size, s.size)
-    return Diffusion(unet, shape, weighting=s.weighting,
-                     evaluations=s.picture_evaluations)
+    return Diffusion(unet, shape, weighting=s.weighting, evaluations=s.picture_evaluations)
 
 
 def conv_widths(s):
