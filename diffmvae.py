@@ -772,11 +772,11 @@ class ResidualMLP(nn.Module):
         return self.out(h)
 
 
-def widen_means(linear):
-    """The last layer of an encoder with the means' weights eight times as large as usual, for z to
+def widen_means(linear, factor=8):
+    """The last layer of an encoder with the means' weights so much larger than usual, for z to
     start about as wide as N(0, I): decoders then see sooner what is in it."""
     means, _ = linear.weight.data.chunk(2)
-    means.mul_(8)
+    means.mul_(factor)
     return linear
 
 

@@ -2271,7 +2271,8 @@ def test_captions_end_and_what_looks_like_an_end_is_text(small):
 
 
 def test_small_networks_know_distances_from_the_start():
-    """The inner product of two positions depends on nothing but how far apart they are."""
+    """The inner product of two positions depends on nothing but how far apart they are. And z is
+    twice as wide as other encoders'."""
     s = cub.Settings(decoder="feedforward")
     model, _ = cub.build(s, cub.text_parts(s, TWO_BIRDS)[1], fresh=True)
     bert = model.encoders["caption"].bert.embeddings.position_embeddings
@@ -2280,6 +2281,8 @@ def test_small_networks_know_distances_from_the_start():
         for k in range(40):
             assert_close(gram.diagonal(k), gram[0, k].expand(40 - k), atol=1e-3, rtol=0)
         assert gram[0, 1] < gram[0, 0] and gram[0, 8] < gram[0, 1]
+    means, logvars = model.encoders["caption"].linear.weight.chunk(2)
+    assert (means.std() / logvars.std()).item() == approx(16, rel=0.05)
 
 
 def test_optimus_weights_are_found_by_their_names(tmp_path):

@@ -387,7 +387,8 @@ def read_text_parts(out):
 
 def start_text(s, encoder, decoder):
     """What the text models start from: pretrained weights or, of small ones, sinusoids in the
-    manner of Vaswani et al. (2017) for positions: by them neighbours find each other sooner."""
+    manner of Vaswani et al. (2017) for positions: by them neighbours find each other sooner; and z
+    twice as wide again, as [CLS] hardly differs between captions at first."""
     bert, gpt2 = encoder.bert, decoder.gpt2
     if s.text == "pretrained":
         bert.load_state_dict(pretrained(hf.BertModel, s.bert).state_dict())
@@ -399,6 +400,7 @@ def start_text(s, encoder, decoder):
             n = len(positions.weight)
             waves = torch.arange(n)[:, None] / 100 ** torch.linspace(0, 1, 64)  # (n, 64)
             positions.weight.data = 0.3 * torch.cat([waves.sin(), waves.cos()], dim=1)  # (n, 128)
+        widen_means(encoder.linear, 2)
     if s.optimus:
         load_optimus(s.optimus, encoder, decoder)
 
