@@ -216,7 +216,7 @@ class Diffusion(nn.Module):
     """p(x|z) by denoising diffusion: the image decoder, and without z the latent prior.
 
     net(x_t, ℓ, z) -> v with v like x_t, ℓ: (B,), z: (B, D) or None. shape: of one x. evaluations:
-    of the network for a sample, the table's if None.
+    of the network for a sample; default: the table's.
 
                  weighting    λ(t) in Eq. 2   t uniform in   a bound, in nats   sampler, evaluations
     Diff-MVAE    likelihood   g(t)²           log-SNR ℓ      yes                Euler–Maruyama, 100
@@ -226,9 +226,9 @@ class Diffusion(nn.Module):
     with α = cos φ, σ = sin φ. Deviation: the paper gives Diff-MVAE* λ = 1. In Eq. 2 that would
     weigh small t still more than g² does; the works it cites have λ = 1 on Eq. 1's ε-loss:
     "simple". "velocity" has it on the network's own output, ‖v − v̂‖² = ‖ε − ε̂‖²/α² (Salimans and
-    Ho 2022), with times uniform in φ: half of all t have α² < 0.08, almost pure noise. Since
-    dφ = g² α/(2σ) dt, it minimises ∫ ‖ε − ε̂‖²/α² dφ = ∫ g²/(2ασ) ‖ε − ε̂‖² dt. Eq. 2 has λ/σ² in
-    that place, hence the λ of the table.
+    Ho 2022). Which times are drawn matters as much: half of all t have α² < 0.08, almost pure
+    noise, hence uniform in φ. As dφ = g² α/(2σ) dt, "velocity" minimises ∫ g²/(2ασ) ‖ε − ε̂‖² dt;
+    where that has g²/(2ασ), Eq. 2 has λ/σ²: the λ of the table.
     """
 
     samplers = {"likelihood": (euler_maruyama, 100), "simple": (ddim, 20), "velocity": (ddim, 20)}
@@ -290,8 +290,8 @@ class Diffusion(nn.Module):
         The integral is Eq. 2 with λ = g². Since g²/σ² = −dℓ/dt it is ℓ(t_0) − ℓ(1) times the mean
         error over times uniform in ℓ. The surrogates are −½ E‖ε − ε̂‖² ("simple") and
         −½ E‖v − v̂‖² = −½ E‖ε − ε̂‖²/α² ("velocity"). t: (B,) and eps are given only to test it.
-        Deviation: Eq. 5 leaves out the first two terms of b and adds the third, which is at least
-        0 and without limit: what is to be a lower bound on log p(x) must subtract it.
+        Deviation: Eq. 5 has of b only the integral, and adds it. It is at least 0 and has no upper
+        limit: what is to be a lower bound on log p(x) must subtract it.
         """
         eps = torch.randn_like(x) if eps is None else eps
         t = self.draw_times(len(x), x.device).to(x.dtype) if t is None else t
@@ -466,10 +466,6 @@ class DiffMVAE(nn.Module):
         present = torch.ones(mu.shape[:2], dtype=torch.bool, device=mu.device)
         return self.fuse(mu, logvar, present)
 
-    def divergence(self, mu, logvar, expert_mu, expert_logvar):
-        """KL(q(z|x_A) ‖ p(z)) of the products (B, S, D); the experts (B, M, D) are for MVTCAE."""
-        return kl_divergence(mu, logvar)  # (B, S)
-
     def reconstruction(self, decoder, x, z, every_subset):
         """Σ_A ω_A log p(x|z_A), or an unbiased estimate: z: (B, S, D) -> (B,).
 
@@ -480,7 +476,7 @@ class DiffMVAE(nn.Module):
         if every_subset or getattr(decoder, "every_subset", False):
             x = x.repeat_interleave(size, dim=0)  # (B S, ...)
             return decoder.log_prob(x, z.flatten(0, 1)).view(batch, size).mean(1)
-        drawn = (size * stratified(batch, z.device)).long()  # (B,), each of 0 .. S − 1 alike likely
+        drawn = (size * stratified(batch, z.device)).long()  # (B,), 0 .. S − 1, equally likely
         rows = torch.arange(batch, device=z.device)
         return decoder.log_prob(x, z[rows, drawn])
 
@@ -495,14 +491,14 @@ class DiffMVAE(nn.Module):
             raise InputError("A is empty: only the prior expert allows a subset of nothing")
         check_names(x, [*self.encoders, *self.decoders], "encoder or decoder")
         family = self.subsets if A is None else A[None].to(self.subsets)  # (S, M)
-        expert_mu, expert_logvar = self.experts({name: x[name] for name in self.encoders})
-        mu, logvar = self.fuse(expert_mu[:, None], expert_logvar[:, None], family)  # (B, S, D)
-        divergence = self.divergence(mu, logvar, expert_mu, expert_logvar)  # (B, S)
+        mu, logvar = self.experts({name: x[name] for name in self.encoders})  # (B, M, D)
+        mu, logvar = self.fuse(mu[:, None], logvar[:, None], family)  # (B, S, D)
+        kl = kl_divergence(mu, logvar).mean(1)  # (B,)
         z = sample_gaussian(mu, logvar)  # (B, S, D)
         log_prob = {}
         for name, decoder in self.decoders.items():
             log_prob[name] = self.reconstruction(decoder, x[name], z, every_subset)  # (B,)
-        return ELBO(log_prob, divergence.mean(1), self.beta, self.term_weights)
+        return ELBO(log_prob, kl, self.beta, self.term_weights)
 
     def decode(self, z):
         """A sample of every modality, {name: (B, ...)}; z may come from a posterior or a prior."""
@@ -640,8 +636,8 @@ class UNet(nn.Module):
     log_snr: (B,). z: (B, z_dim), or None if z_dim = 0. The sum of their embeddings conditions every
     block by adaptive group norm (after Preechakul et al. 2022); z also stands beside x_t as a
     picture that is linear in z, a first guess of x (as Pandey et al. 2022 do with a VAE's).
-    attention: the levels that have it, 0 the finest; the middle has. A patch is one position inside
-    (Hoogeboom et al. 2023).
+    attention: the levels that have it, 0 the finest; the middle always has it. Inside, a patch of
+    patch × patch pixels is one position (Hoogeboom et al. 2023).
 
     The way up takes back, last first, all that the way down has kept. With multipliers (1, 2) and
     blocks = 2 the channels are, in widths:
@@ -848,17 +844,20 @@ class MVTCAE(DiffMVAE):
         share = (len(encoders) - alpha) / len(encoders)
         self.term_weights = {name: share * self.term_weights.get(name, 1) for name in decoders}
 
-    def divergence(self, mu, logvar, expert_mu, expert_logvar):
-        """(1 − α) KL(q ‖ p(z)) + α/M Σ_i KL(q ‖ q(z|x_i)): (B, 1)."""
-        to_prior = kl_divergence(mu, logvar)  # (B, 1)
-        to_experts = kl_divergence(mu, logvar, expert_mu, expert_logvar)  # (B, M), q against each
-        return (1 - self.alpha) * to_prior + self.alpha * to_experts.mean(1, keepdim=True)
-
     def elbo(self, x, A=None, every_subset=False):
         """The objective above, in the form of Eq. 5."""
         if A is not None:
             raise InputError("MVTCAE is defined for the product of all alone")
-        return super().elbo(x, every_subset=every_subset)
+        expert_mu, expert_logvar = self.experts({name: x[name] for name in self.encoders})
+        mu, logvar = self.fuse(expert_mu[:, None], expert_logvar[:, None], self.subsets)
+        to_prior = kl_divergence(mu, logvar)[:, 0]  # (B,), of q, (B, 1, D)
+        to_experts = kl_divergence(mu, logvar, expert_mu, expert_logvar).mean(1)  # (B,), of M
+        z = sample_gaussian(mu, logvar)  # (B, 1, D)
+        log_prob = {}
+        for name, decoder in self.decoders.items():
+            log_prob[name] = self.reconstruction(decoder, x[name], z, every_subset)  # (B,)
+        kl = (1 - self.alpha) * to_prior + self.alpha * to_experts
+        return ELBO(log_prob, kl, self.beta, self.term_weights)
 
 
 class IncompleteDiffMVAE(DiffMVAE):
@@ -943,6 +942,8 @@ def read_checkpoint(path):
         raise InputError(f"{path} is missing: that run has to be made first")
     try:
         return dict(torch.load(path, "cpu", weights_only=True))
+    except MemoryError:
+        raise
     except Exception as problem:  # torch has no class for what is not, or not all of, a checkpoint
         raise InputError(f"{path} cannot be read as a checkpoint ({why(problem)}): move it away, "
                          "or take another folder") from problem
@@ -962,7 +963,7 @@ def seed_at(seed, stage, step):
 
 
 def own_random_numbers():
-    """A context after which torch's generators are as they were before."""
+    """A context that leaves torch's generators as they were."""
     return torch.random.fork_rng(range(torch.cuda.device_count()))
 
 
@@ -1052,15 +1053,15 @@ def fit(s, stage, model, rates, terms, objective, data, watch=None):
 
     s: settings; stage: "model" or "prior"; rates: [(module, learning rate)]. data: {name: (N,
     ...)}, the examples; terms(indices) -> {name: (B,)} of a batch, of which objective is maximised.
-    After each checkpoint, s.out/stage.pt, watch(averaged) -> {name: float} joins the history. From
-    there training goes on to the same weights as ever: a step is seeded by (seed, stage, step).
+    After each checkpoint, s.out/stage.pt, watch(averaged) -> {name: float} joins the history. A run
+    resumed there ends with the same weights, as (seed, stage, step) seeds a step.
     """
     path = Path(s.out) / f"{stage}.pt"
     settings = {**s.training_settings(stage), "examples": checksum(data)}
     n = len(next(iter(data.values())))
     steps, batch_size = s.length(stage)
     averaged = copy.deepcopy(model.train()).eval().requires_grad_(False)
-    groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates]
+    groups = [{"params": list(part.parameters()), "rate": rate} for part, rate in rates]
     optimizer = torch.optim.Adam(groups, fused=True)
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     step, seconds, history = resume(path, settings, parts)
@@ -1077,8 +1078,8 @@ def fit(s, stage, model, rates, terms, objective, data, watch=None):
             (-named[objective]).backward()
             named["gradient"] = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             factor = min(1, (step + 1) / WARMUP, (steps - step) / COOLDOWN)
-            for group, (_, rate) in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * factor
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * factor
             optimizer.step()
             decay = min(s.ema, (1 + step) / (10 + step))  # the first weights are soon forgotten
             update_average(averaged, model, decay)
@@ -1128,15 +1129,11 @@ def frechet_distance(a, b):
     return (means + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
-@torch.no_grad()
-def in_batches(f, data, label, size=250):
-    """f on pieces of {name: (N, ...)}; each of the several tensors it returns is concatenated."""
-    total = len(next(iter(data.values())))
-    results = []
+def batches(x, label, size=250):
+    """{name: (N, ...)} in pieces of so many examples, with a progress bar."""
+    total = len(next(iter(x.values())))
     for start in tqdm(range(0, total, size), label, leave=False):
-        piece = {name: x[start : start + size] for name, x in data.items()}
-        results.append(f(piece))
-    return [torch.cat(parts) for parts in zip(*results)]
+        yield {name: value[start : start + size] for name, value in x.items()}
 
 
 def median3(x):
@@ -1147,14 +1144,16 @@ def median3(x):
 
 def contrasts(pictures):
     """The energy of the gradient of pictures without their grain, and the energy of that grain."""
-    smooth = in_batches(lambda rows: [median3(rows["x"])], {"x": pictures}, "filtering")[0]
+    smooth = torch.cat([median3(piece["x"]) for piece in batches({"x": pictures}, "filtering")])
     edges = sum(smooth.diff(dim=d).square().mean().item() for d in (2, 3))
     return edges, (pictures - smooth).square().mean().item()
 
 
+@torch.no_grad()
 def features(judge, pictures):
     """What a Supervised model makes of pictures, the means of its q(z|image): (n, D)."""
-    return in_batches(judge.posterior, {"image": pictures.clamp(-1, 1)}, "judging")[0]
+    x = {"image": pictures.clamp(-1, 1)}
+    return torch.cat([judge.posterior(piece)[0] for piece in batches(x, "judging")])
 
 
 def judged(judge, made, real):
@@ -1214,12 +1213,12 @@ def save_grid(path, rows, captions=None, side=64):
     sheet.save(path)
 
 
-def save_curves(path, history, width=600, height=120):
+def save_curves(path, history):
     """A PNG with a panel for each term of history, [{"step": …, term: …}], over the steps.
 
     Black in training, red held out. A panel's ends are those of the last nine tenths of its term.
     """
-    held_out = "held-out "
+    width, height, held_out = 600, 120, "held-out "
     terms = [name for name in history[0]
              if name not in ("step", "seconds") and not name.startswith(held_out)]
     sheet = Image.new("RGB", (width, height * len(terms)), "white")
@@ -1257,8 +1256,9 @@ class SteadyStream:
         self.stream = stream
 
     def write(self, text):
-        with suppress(OSError, UnicodeError):
-            self.stream.write(text)
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        with suppress(OSError):
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
 
     def flush(self):
         with suppress(OSError):
@@ -1268,28 +1268,30 @@ class SteadyStream:
         return getattr(self.stream, name)
 
 
-def option(help, default=None, **flag):
+def option(help, default=None, *, least=None, **flag):
     """A setting that is also a flag: help; default, or None where the table Settings.defaults has
-    one for each kind of data; flag: what else argparse needs of it, such as choices."""
-    return field(default=None, metadata={"help": help, "default": default, "flag": flag})
+    one for each kind of data; the least it may be, if not 1 for whole numbers and 0 for others;
+    flag: what else argparse needs of it, such as choices."""
+    meta = {"help": help, "default": default, "least": least, "flag": flag}
+    return field(default=None, metadata=meta)
 
 
 @dataclass
 class Settings:
-    """What both scripts can be told. Nothing given (None) means the default for the kind of data,
-    chosen when the object is made."""
+    """What both scripts can be told. Where nothing is given (None), the default for the kind of data
+    is chosen here; those of beta, weight, evaluations and compile are properties."""
 
     data: str = option("folder of the real data; without it data are drawn", "")
     small: bool = option("real data on a CPU: takes the defaults called small below", False,
                          action=BooleanOptionalAction)
     out: str = option("folder for checkpoints, numbers and pictures")
     judge: str = option("folder of a Supervised run, by which generated pictures are measured", "")
-    seed: int = option("seed of all randomness", 0)
+    seed: int = option("seed of all randomness", 0, least=0)
     device: str = option("cuda, mps or cpu", "cuda" if torch.cuda.is_available() else "cpu")
     compile: bool = option("compile the networks before training, which takes minutes (default: "
                            "for real data without --small on CUDA)", action=BooleanOptionalAction)
     size: int = option("side of the pictures in pixels")
-    steps: int = option("training steps of Diff-MVAE")
+    steps: int = option("training steps of the model")
     batch_size: int = option("examples in a step")
     weighting: str = option("likelihood: Diff-MVAE, a bound; the others: Diff-MVAE*",
                             choices=tuple(Diffusion.samplers))
@@ -1307,10 +1309,10 @@ class Settings:
     patch: int = option("side in pixels of what the UNet takes for one pixel")
     channels: int = option("channels of the UNet at its first level, a multiple of 8")
     multipliers: list = option("their multiple at each level", nargs="+", type=int)
-    attention: int = option("side at which the UNet attends, besides its middle; 0: none")
+    attention: int = option("side at which the UNet attends, besides its middle; 0: none", least=0)
     dropout: float = option("in the UNet")
     encoder_channels: int = option("channels of the encoders at half size")
-    rate: float = option("learning rate of the image decoder")
+    rate: float = option("learning rate of a diffusion decoder")
     vae_rate: float = option("learning rate of the encoders and other decoders")
     ema: float = option("decay of the averaged weights")
     prior_net: str = option("network of the latent prior; unet: the paper's", "mlp",
@@ -1320,7 +1322,7 @@ class Settings:
     prior_rate: float = option("its learning rate")
     evaluations: int = option("of the network for a picture (default: 20, of drawn birds 8, for a "
                               "bound 100)")
-    measured: int = option("pictures generated of each kind for the tables")
+    measured: int = option("pictures generated of each kind for the tables", least=2)
 
     kinds = ("drawn", "real", "small")  # drawn data, real data, real data with --small
     defaults = {  # one for each kind; the scripts' tables have the others
@@ -1337,7 +1339,7 @@ class Settings:
         "measured": (256, 6000, 256),
     }
     surrogate_weight = 1.0  # default weight where the image's term is a surrogate, not nats
-    drawn_evaluations = None  # default evaluations for drawn data there, if not Diffusion's
+    drawn_evaluations = None  # default for drawn data and a surrogate, if not Diffusion's
     # What may change in a run; small only chooses defaults.
     free = ("out", "judge", "device", "compile", "evaluations", "measured", "small")
 
@@ -1364,13 +1366,19 @@ class Settings:
 
     @staticmethod
     def converted(setting, value):
-        """value in the setting's type: a Path becomes a str, numpy's numbers Python's."""
-        flag = setting.metadata["flag"]
-        if value not in flag.get("choices", [value]):
-            raise InputError(f"{setting.name} {value!r}: choose from {flag['choices']}")
-        if setting.type is list:
-            return [flag["type"](item) for item in value]
-        return setting.type(value)
+        """value in the setting's type (a Path becomes a str, numpy's numbers Python's); refused
+        where it is no choice or too small."""
+        flag, least = setting.metadata["flag"], setting.metadata["least"]
+        kind = flag.get("type", setting.type)  # of one, where there is a list
+        if least is None:
+            least = 1 if kind is int else 0
+        items = [kind(item) for item in (value if setting.type is list else [value])]
+        for item in items:
+            if item not in flag.get("choices", [item]):
+                raise InputError(f"{setting.name} {value}: choose from {flag['choices']}")
+            if kind in (int, float) and not least <= item < math.inf:  # or NaN
+                raise InputError(f"{setting.name} {value}: give at least {least}")
+        return items if setting.type is list else items[0]
 
     @classmethod
     def parse(cls, description):
@@ -1393,7 +1401,7 @@ class Settings:
 
     @property
     def in_nats(self):
-        """Whether the image's term is a log-likelihood, or a bound of one; all others are."""
+        """Whether the image's term is a log-likelihood, or a bound on one; all others are."""
         if self.decoder == "diffusion":
             return self.weighting == "likelihood"
         return self.decoder == "feedforward"
@@ -1423,7 +1431,7 @@ class Settings:
 
     @property
     def is_bound(self):
-        """Whether the objective is one on log p(x), at β = 1 and without weights."""
+        """Whether the objective would be a bound on log p(x) with β = 1 and no weights."""
         return self.in_nats and self.family != "mvtcae"
 
     @property
@@ -1543,7 +1551,7 @@ def latent_prior(s, sides):
     if s.prior_net == "mlp":
         return LatentPrior(ResidualMLP(s.latent_dim, 256, 4), (s.latent_dim,))
     if math.prod(sides) != s.latent_dim:
-        raise InputError(f"--latent-dim {s.latent_dim}: for --prior-net unet give a number squared")
+        raise InputError(f"--latent-dim {s.latent_dim}: for --prior-net unet give a square number")
     unet = UNet(len(sides), 1, sides[0], s.channels, (1, 2))
     return LatentPrior(unet, (1, *sides))
 
@@ -1577,56 +1585,63 @@ def mirrored(x):
 
 
 def train(s, data, model, prior, get_batch, preview):
-    """Diff-MVAE (§3.2), then its latent prior (§3.4): both, averaged, and their seconds.
+    """Diff-MVAE (§3.2), then its latent prior (§3.4), if there is one: both, averaged, and their
+    seconds.
 
     data: {"train" | "test": {name: (N, ...)}} on s.device; get_batch(part, i) gives the networks
-    its examples i. preview(averaged) draws. The prior learns from examples as they are, not
-    mirrored.
+    its examples i. preview(averaged) draws.
     """
-    examples, test = data["train"], data["test"]
+    model, seconds = train_model(s, data, model, get_batch, preview)
+    if prior is None:
+        return model, None, {"model": seconds}
+    prior, prior_seconds = train_prior(s, data["train"], model, prior, get_batch)
+    return model, prior, {"model": seconds, "prior": prior_seconds}
+
+
+def train_model(s, data, model, get_batch, preview):
+    """Eq. 5 maximised: the averaged model, and the seconds."""
     model = model.to(s.device)
 
     def terms(i):
-        x = get_batch(examples, i)
+        x = get_batch(data["train"], i)
         return model.elbo(mirrored(x) if s.mirror else x).terms(s.objective)
 
     def watch(averaged):
         preview(averaged)
-        return {f"held-out {s.objective}": held_out(s, averaged, test, get_batch)}
+        return {f"held-out {s.objective}": held_out(s, averaged, data["test"], get_batch)}
 
     rates = [(model.encoders, s.vae_rate)]
     for decoder in model.decoders.values():
         rates.append((decoder, s.rate if isinstance(decoder, Diffusion) else s.vae_rate))
     if s.compiles:
         compile_networks(model)
-    averaged, seconds = fit(s, "model", model, rates, terms, s.objective, examples, watch)
-    if prior is None:
-        return averaged, None, {"model": seconds}
+    return fit(s, "model", model, rates, terms, s.objective, data["train"], watch)
 
-    def encode(rows):
-        return averaged.posterior(get_batch(examples, rows["index"]))
 
+def train_prior(s, examples, model, prior, get_batch):
+    """The latent prior on z of examples, as they are, not mirrored: averaged, and the seconds."""
     prior = prior.to(s.device)
-    with own_random_numbers():
+    rows = {"index": torch.arange(len(examples["image"]), device=s.device)}
+    with own_random_numbers(), torch.no_grad():
         torch.manual_seed(s.seed)
-        rows = {"index": torch.arange(len(examples["image"]), device=s.device)}
-        mu, logvar = in_batches(encode, rows, "encoding")  # (N, D) each
+        each = [model.posterior(get_batch(examples, piece["index"]))
+                for piece in batches(rows, "encoding")]
+    mu, logvar = (torch.cat(parts) for parts in zip(*each))  # (N, D) each
     prior.standardise(mu, logvar)
 
-    def prior_terms(i):
+    def terms(i):
         return {"surrogate": prior.log_prob(sample_gaussian(mu[i], logvar[i]))}
 
-    prior_rates = [(prior, s.prior_rate)]
-    prior, prior_seconds = fit(s, "prior", prior, prior_rates, prior_terms, "surrogate", examples)
-    return averaged, prior, {"model": seconds, "prior": prior_seconds}
+    return fit(s, "prior", prior, [(prior, s.prior_rate)], terms, "surrogate", examples)
 
 
+@torch.no_grad()
 def held_out(s, model, test, get_batch):
     """The objective on the first 256 test examples, with the same random numbers at each call."""
     torch.manual_seed(s.seed)
     some = {name: x[:256] for name, x in test.items()}
-    each = in_batches(lambda x: [model.elbo(get_batch(x)).total], some, "held out", s.batch_size)
-    return each[0].mean().item()
+    pieces = batches(some, "held out", s.batch_size)
+    return torch.cat([model.elbo(get_batch(piece)).total for piece in pieces]).mean().item()
 
 
 def load_run(out, settings, build, device="cpu"):
@@ -1645,34 +1660,36 @@ def load_run(out, settings, build, device="cpu"):
     except TypeError as problem:  # other names
         raise InputError(f"{out} is a run of another script, or of other code") from problem
     with own_random_numbers():
-        pair = build(s)
-    for part, (stage, state) in zip(pair, states.items()):
+        parts = dict(zip(STAGES, build(s)))
+    for stage, state in states.items():
         if state["step"] < s.length(stage)[0]:
             raise InputError(f"{out} is not finished: run it again")
-        part.load_state_dict(state["averaged"])
-        part.to(device).eval().requires_grad_(False)
-    return pair
+        parts[stage].load_state_dict(state["averaged"])
+        parts[stage].to(device).eval().requires_grad_(False)
+    return parts["model"], parts["prior"]
 
 
 def check_judge(s):
     """The judge of s must be Supervised and know pictures such as those of s."""
-    was = read_checkpoint(Path(s.judge) / "model.pt")["settings"]
+    was = read_checkpoint(Path(s.judge) / "model.pt").get("settings", {})
     data = s.training_settings("model")["data"]
-    if (was["decoder"], was["data"], was["size"]) != ("none", data, s.size):
+    if (was.get("decoder"), was.get("data"), was.get("size")) != ("none", data, s.size):
         raise InputError(f"--judge {s.judge} is no run of --decoder none on this --data and --size")
 
 
 # Using a trained model
 
+@torch.no_grad()
 def infer(model, x, given):
     """z ~ q(z|x_o), x_o the given modalities of x (§3.3): (N, D)."""
     x = {name: x[name] for name in given}
-    return in_batches(lambda o: [sample_gaussian(*model.posterior(o))], x, "encoding")[0]
+    each = [sample_gaussian(*model.posterior(piece)) for piece in batches(x, "encoding")]
+    return torch.cat(each)
 
 
 def sample(decoder, z):
     """One x ~ p(x|z) for each row of z, in batches."""
-    return in_batches(lambda rows: [decoder.sample(rows["z"])], {"z": z}, "sampling")[0]
+    return torch.cat([decoder.sample(piece["z"]) for piece in batches({"z": z}, "sampling")])
 
 
 def unconditional(model, prior, training):
@@ -1682,20 +1699,20 @@ def unconditional(model, prior, training):
     prior imitates, the aggregate posterior: z ~ q(z|x) given all of real training examples.
     """
     ceiling = infer(model, training, list(model.encoders))
-    z = in_batches(lambda rows: [prior.sample(len(rows["z"]))], {"z": ceiling}, "sampling z")[0]
+    pieces = batches({"z": ceiling}, "sampling z")
+    z = torch.cat([prior.sample(len(piece["z"])) for piece in pieces])
     return {"aggregate posterior": ceiling, "latent prior": z, "N(0, I)": torch.randn_like(z)}
 
 
+@torch.no_grad()
 def nats(model, test, get_batch):
     """Eq. 5's terms averaged over test, every decoder run for every subset; and the image's alone,
     without the KL, in bits per dimension."""
-    def terms(x):
-        elbo = model.elbo(get_batch(x), every_subset=True)
-        return [elbo.bound, *elbo.log_prob.values(), elbo.kl]
-
-    names = ["ELBO", *model.decoders, "KL"]
-    each = in_batches(terms, test, "ELBO", 32)
-    means = {name: term.mean().item() for name, term in zip(names, each, strict=True)}
+    each = []
+    for piece in batches(test, "ELBO", 32):
+        elbo = model.elbo(get_batch(piece), every_subset=True)
+        each.append({"ELBO": elbo.bound, **elbo.log_prob, "KL": elbo.kl})
+    means = {name: torch.cat([terms[name] for terms in each]).mean().item() for name in each[0]}
     log2_density = means["image"] / test["image"][0].numel() / math.log(2)  # of a dimension
     # A grey level is 1/127.5 wide on [−1, 1], so −log2 p(level) = log2 127.5 − log2 density.
     means["image given z, bits per dimension"] = math.log2(127.5) - log2_density

@@ -958,9 +958,12 @@ def test_attention_is_softmax_attention():
 def test_encoders_start_wide():
     text = cub.TextEncoder(tiny_bert(hidden_size=256), 100)
     conv = dm.ConvEncoder(3, 16, 100, [8, 16])
-    for last in (dm.Encoder(dm.mlp(5, 300, 200))[0][-1], conv[-1], text.linear):
+    layers = [dm.Encoder(dm.mlp(5, 300, 200))[0][-1], conv[-1], text.linear]
+    model, _ = cub.build(cub.Settings(), cub.text_parts(cub.Settings(), TWO_BIRDS)[1], fresh=True)
+    layers.append(model.encoders["caption"].linear)
+    for last, factor in zip(layers, (8, 8, 8, 16)):
         means, logvars = last.weight.chunk(2)
-        assert (means.std() / logvars.std()).item() == approx(8, rel=0.05)
+        assert (means.std() / logvars.std()).item() == approx(factor, rel=0.05)
     mu, logvar = conv(torch.randn(64, 3, 16, 16))
     assert mu.std() > 4 * logvar.std()
 
@@ -968,14 +971,11 @@ def test_encoders_start_wide():
 @pytest.mark.parametrize("options, message", [
     (dict(size=12, multipliers=(1, 1, 1, 1)), "size 12 cannot be halved .* multiple of 8"),
     (dict(size=12, multipliers=(1, 1), patch=4), "size 12 cannot be halved .* multiple of 8"),
-    (dict(width=4), "4 channels for 8 heads: give a multiple of 8"),
     (dict(width=12), "12 channels for 8 heads: give a multiple of 8"),
 ])
-def test_networks_that_do_not_fit_are_refused(options, message):
+def test_unets_that_do_not_fit_are_refused(options, message):
     with refused(message):
         dm.UNet(2, 3, **dict(size=16, width=8, multipliers=(1, 2)) | options)
-    with refused("size 12 cannot be halved 3 times: give a multiple of 8"):
-        dm.ConvEncoder(3, 12, 6, [8, 8, 8])
 
 
 def test_group_norm_computes_in_the_precision_of_its_input():
@@ -1480,6 +1480,7 @@ def test_frechet_distance_of_two_gaussians(seed):
     assert dm.frechet_distance(a, a) == approx(0, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:cov")
 def test_features_that_are_not_finite_are_named():
     for b in (torch.full((9, 3), torch.nan), torch.randn(1, 3)):
         with pytest.raises(FloatingPointError, match="features are not finite, or of one picture"):
@@ -1501,7 +1502,7 @@ def test_save_curves(tmp_path):
     history[0]["up"] = -1e6  # at the start, beyond the panel
     for k in (49, 99):
         history[k]["held-out up"] = 50.0
-    dm.save_curves(tmp_path / "curves.png", history, width=600, height=120)
+    dm.save_curves(tmp_path / "curves.png", history)
     picture = np.asarray(Image.open(tmp_path / "curves.png")).astype(int)
     assert picture.shape == (240, 600, 3)
     panel = picture[20:115, 95:590]
@@ -1628,19 +1629,23 @@ def test_a_device_that_cannot_be_used_is_refused(command, capsys, device):
 def test_streams_without_letters_and_streams_that_are_no_files(command):
     written = io.BytesIO()
     sys.stdout = io.TextIOWrapper(written, "ascii")
-    command(lambda s: dm.show({"F1": {"é": {"d": 0.25}, "e": {"d": 0.5}}}))
+    command(lambda s: dm.show({"F1": {"é": {"d": 0.25}}}))
     sys.stdout.flush()
-    assert b"0.250" not in written.getvalue() and b"| e | 0.500 |" in written.getvalue()
+    assert b"| ? | 0.250 |" in written.getvalue()
     sys.stdout = text = io.StringIO()  # it has no encoding, and no reconfigure
     command(lambda s: print("é", sys.stdout.isatty()))
     assert text.getvalue() == "é False\n"
 
 
-@pytest.mark.parametrize("name", ["weighting", "family", "decoder", "prior_net", "text"])
-def test_choices_are_checked_from_python_too(name):
-    with refused(rf"{name} 'velo': choose from \('\w+', '"):
-        cub.Settings(**{name: "velo"})
-    cub.Settings(seed=0, dropout=0.0, attention=0, beta=0.0)  # where 0 has a meaning
+@pytest.mark.parametrize("name, value, message", [
+    ("steps", 0, "give at least 1"), ("multipliers", [1, 0], "give at least 1"),
+    ("seed", -1, "give at least 0"), ("beta", -1.0, "give at least 0"),
+    ("rate", math.nan, "give at least 0"), ("measured", 1, "give at least 2"),
+    ("tokens", 2, "give at least 3"), ("weighting", "velo", r"choose from \('likelihood', '"),
+])
+def test_nonsense_is_refused(name, value, message):
+    with refused(re.escape(f"{name} {value}: ") + message):
+        cub.Settings(**{name: value})
 
 
 def test_paths_and_numbers_of_numpy_are_settings(tmp_path, quick):
@@ -1697,10 +1702,10 @@ def test_defaults_for_drawn_real_and_small():
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(latent_dim=60, prior_net="unet"), "--latent-dim 60: .* a number squared"),
-    (dict(size=22), "size 22 cannot be halved"), (dict(patch=3), "size 32 cannot be halved"),
+    (dict(latent_dim=60, prior_net="unet"), "--latent-dim 60: .* a square number"),
+    (dict(patch=3), "size 32 cannot be halved"),
+    (dict(size=22, decoder="feedforward"), "size 22 cannot be halved 2 times"),
     (dict(attention=5), r"--attention 5: give 0 or one of \[16, 8\]"),
-    (dict(channels=12), "12 channels for 8 heads"),
 ])
 def test_sizes_that_do_not_fit_are_refused(wrong, message):
     with refused(message):
@@ -1827,8 +1832,10 @@ def test_only_a_supervised_run_on_such_pictures_judges(tmp_path):
         s = tiny(decoder=decoder)
         dm.save_checkpoint(path, {"settings": s.training_settings("model")})
     dm.check_judge(tiny(judge=tmp_path / "none"))
+    (tmp_path / "foreign").mkdir()
+    dm.save_checkpoint(tmp_path / "foreign" / "model.pt", {"step": 1})
     for options in (dict(judge="diffusion"), dict(judge="none", size=32),
-                    dict(judge="none", data="real")):
+                    dict(judge="none", data="real"), dict(judge="foreign")):
         options["judge"] = tmp_path / options["judge"]
         with refused("is no run of --decoder none on this --data and --size"):
             dm.check_judge(tiny(**options))
@@ -1880,7 +1887,7 @@ def test_nats_where_the_evidence_is_known():
 def test_no_file_holds_nan(tmp_path):
     s, table = tiny(out=tmp_path), {"F1": {"the image": {"mask": math.nan}}}
     with pytest.raises(FloatingPointError, match="holds a number that is not finite: look at"):
-        dm.save_results(s, {"tables": table, "seconds": {"model": 1}})
+        dm.save_results(s, {"tables": table})
     assert not any(tmp_path.iterdir())
 
 
@@ -2194,6 +2201,7 @@ def test_padding_never_counts(attention):
         assert one.shape == (2, 6)
         assert_close(one, other, atol=1e-5, rtol=1e-4)
 
+
 def test_bert_reads_its_tokens_and_gpt2_writes_its_own():
     decoder, encoder, z = tiny_gpt2(), cub.TextEncoder(tiny_bert(), 6).eval(), torch.randn(2, 6)
     nudge(encoder, 0.3)
@@ -2271,8 +2279,7 @@ def test_captions_end_and_what_looks_like_an_end_is_text(small):
 
 
 def test_small_networks_know_distances_from_the_start():
-    """The inner product of two positions depends on nothing but how far apart they are. And z is
-    twice as wide as other encoders'."""
+    """The inner product of two positions depends on nothing but how far apart they are."""
     s = cub.Settings(decoder="feedforward")
     model, _ = cub.build(s, cub.text_parts(s, TWO_BIRDS)[1], fresh=True)
     bert = model.encoders["caption"].bert.embeddings.position_embeddings
@@ -2281,8 +2288,6 @@ def test_small_networks_know_distances_from_the_start():
         for k in range(40):
             assert_close(gram.diagonal(k), gram[0, k].expand(40 - k), atol=1e-3, rtol=0)
         assert gram[0, 1] < gram[0, 0] and gram[0, 8] < gram[0, 1]
-    means, logvars = model.encoders["caption"].linear.weight.chunk(2)
-    assert (means.std() / logvars.std()).item() == approx(16, rel=0.05)
 
 
 def test_optimus_weights_are_found_by_their_names(tmp_path):
@@ -2916,7 +2921,7 @@ def test_readme_examples(tmp_path, monkeypatch, quick):
     monkeypatch.chdir(tmp_path)
     kinds = {"bound": dict(weighting="likelihood"), "mopoe": dict(decoder="feedforward"),
              "supervised": dict(decoder="none")}
-    for out in sorted(set(re.findall(r'"(runs/\w+)"', "".join(code)))):
+    for out in sorted(set(re.findall(r'"(runs/(?!png)\w+)"', "".join(code)))):
         script = cub if "birds" in out else celeba
         script.run(tiny(script.Settings, out=out, measured=4, **kinds.get(Path(out).name, {})))
     monkeypatch.setattr(celeba, "Settings", tiny)  # for what is measured at full size

@@ -30,8 +30,8 @@ ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyegl
 
 
 class Settings(diffmvae.Settings):
-    """Drawn faces train in minutes on a CPU; README.md says what of the real ones' is the paper's,
-    what its authors' and what ours."""
+    """Drawn faces train in minutes on a CPU; README.md says which of the real ones' settings are
+    the paper's, its authors' or ours."""
 
     defaults = {  # drawn faces, CelebAMask-HQ, CelebAMask-HQ with --small
         **diffmvae.Settings.defaults,

@@ -26,24 +26,24 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import diffmvae
 from diffmvae import (
-    InputError, check_judge, check_splits, decode_cached, features, frechet_distance,
-    image_networks, in_batches, in_bf16, infer, judged, latent_prior, load_run, main, multimodal,
-    nats, on_device, open_picture, option, own_random_numbers, read_lines, read_table, sample,
+    InputError, batches, check_judge, check_splits, decode_cached, features, frechet_distance,
+    image_networks, in_bf16, infer, judged, latent_prior, load_run, main, multimodal, nats,
+    on_device, open_picture, option, own_random_numbers, read_lines, read_table, sample,
     save_grid, save_results, train, unconditional, why, widen_means,
 )
 
 
 @dataclass
 class Settings(diffmvae.Settings):
-    """Drawn birds train in minutes on a CPU; README.md says what of the real ones' is the paper's,
-    what its authors' and what ours."""
+    """Drawn birds train in minutes on a CPU; README.md says which of the real ones' settings are
+    the paper's, its authors' or ours."""
 
     text: str = option("small: words, untrained; pretrained: from --bert and --gpt2",
                        choices=("small", "pretrained"))
     bert: str = option("encoder of the text: name in the hub, or local folder", "bert-base-cased")
     gpt2: str = option("decoder of the text: name in the hub, or local folder", "gpt2")
     optimus: str = option("file of Optimus weights to load into these two (§4.1)", "")
-    tokens: int = option("longest caption; what is beyond is cut")
+    tokens: int = option("longest caption; what is beyond is cut", least=3)
     clip: str = option("CLIP for Tables 1 and 2: name in the hub, or local folder", "")
 
     defaults = {  # drawn birds, CUB, CUB with --small
@@ -197,7 +197,7 @@ def read_birds(folder, size):
                          f"{len(split_of)}: get it anew")
     rows = {split: [row for row, k in enumerate(names) if split_of[k] == split]
             for split in flag.values()}
-    check_splits(rows, root / "images.txt")
+    check_splits(rows, root / "train_test_split.txt")
     captions = [read_captions((texts / name).with_suffix(".txt")) for name in names.values()]
 
     def read(name):
@@ -465,7 +465,7 @@ def build(s, configs, fresh=False):
     text_encoder = TextEncoder(bert, s.latent_dim)
     text_decoder = TextDecoder(gpt2, s.latent_dim, s.tokens, every_subset=s.text == "small")
     if fresh:
-        with own_random_numbers():
+        with own_random_numbers():  # the prior starts alike, whether a run is begun or resumed
             start_text(s, text_encoder, text_decoder)
     encoders = {"image": image_encoder, "caption": text_encoder}
     decoders = {"image": image_decoder, "caption": text_decoder}
@@ -482,12 +482,12 @@ def load(out, device="cpu"):
 
 # ---- Measuring (Tables 1 and 2), drawing (Figures 3 and 4), and the run --------------------------
 
+@torch.no_grad()
 def log_prob_of_captions(decoder, captions, z):
     """Its mean in nats; captions: (N, 2, T) tokens, z: (N, D)."""
-    def log_prob(rows):
-        return [decoder.log_prob(rows["captions"], rows["z"])]
-
-    return in_batches(log_prob, {"captions": captions, "z": z}, "nats", 32)[0].mean().item()
+    pieces = batches({"captions": captions, "z": z}, "nats", 32)
+    each = [decoder.log_prob(piece["captions"], piece["z"]) for piece in pieces]
+    return torch.cat(each).mean().item()
 
 
 def caption_nats(model, x):
@@ -542,6 +542,7 @@ def coherence(pairs, factors):
     return table
 
 
+@torch.no_grad()
 def table2(clip, pairs, device):
     """{label: {measure: value}}: CLIP score, 100 cos (Hessel et al. 2021 have 2.5 max(cos, 0)), and
     the Fréchet distance to real pictures among CLIP's features of pictures."""
@@ -549,17 +550,16 @@ def table2(clip, pairs, device):
     side = clip.config.vision_config.image_size
     mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=device)[..., None, None]
 
-    def clip_features(rows):
-        """Of pictures and captions, each (B, d)."""
-        tokens = {name: value for name, value in rows.items() if name != "image"}
-        pixels = F.interpolate(rows["image"], (side, side), mode="bicubic", antialias=True)
-        image = clip.get_image_features(((pixels + 1) / 2 - mean) / std).pooler_output
-        return image, clip.get_text_features(**tokens).pooler_output
-
     found = {}
     for label, (pictures, captions) in pairs.items():
         tokens = words(captions, padding=True, truncation=True, return_tensors="pt").to(device)
-        found[label] = in_batches(clip_features, {"image": pictures, **tokens}, "CLIP")
+        images, texts = [], []
+        for piece in batches({"image": pictures, **tokens}, "CLIP"):
+            pixels = F.interpolate(piece.pop("image"), (side, side), mode="bicubic", antialias=True)
+            pixels = ((pixels + 1) / 2 - mean) / std
+            images.append(clip.get_image_features(pixels).pooler_output)
+            texts.append(clip.get_text_features(**piece).pooler_output)
+        found[label] = torch.cat(images), torch.cat(texts)  # (n, d) each
     real, _ = found["real"]
     table = {}
     for label, (image, text) in found.items():
@@ -607,13 +607,13 @@ def measure(s, model, prior, tokenizers, data, factors, judge, clip):
     pairs = generate(model, tokenizers, test, s.measured, prior, training)
     made = {label: pair for label, pair in pairs.items()
             if label not in ("real", "caption from image")}
-    pictures, captions = pairs["real"]
+    real, _ = pairs["real"]
     if judge is not None:
         others = {}
         if "anew" in data:
             x = get_batch(first_captions(data["anew"]), as_many)
             others["drawn anew"] = x["image"], spell(tokenizers, x["caption"][:, 1])
-        table = pictures_table(judge, {**others, **made}, pictures, factors is not None)
+        table = pictures_table(judge, {**others, **made}, real, factors is not None)
         tables["pictures given"] = table
     if factors is not None:
         tables["coherence"] = coherence(pairs, factors)
