@@ -674,32 +674,29 @@ class UNet(nn.Module):
         self.stem = conv(inputs, width, patch + 2, stride=patch, padding=1)
 
         c = width
-        skips = [c]  # the channels of all that forward keeps for the way up
+        kept = [c]  # the channels of all that forward keeps for the way up
         self.down = nn.ModuleList()
         for level, w in enumerate(widths):
             attending = heads if level in attention else 0
-            level_blocks = nn.ModuleList()
             for _ in range(blocks):
-                level_blocks.append(block(c, w, attending))
-                skips.append(w)
+                self.down.append(block(c, w, attending))
+                kept.append(w)
                 c = w
-            halve = None
             if level < last:
-                halve = conv(w, w, 3, stride=2, padding=1)
-                skips.append(w)
-            self.down.append(nn.ModuleList([level_blocks, halve]))
+                self.down.append(conv(w, w, 3, stride=2, padding=1))
+                kept.append(w)
 
         self.middle = nn.ModuleList([block(c, c, heads), block(c, c, 0)])
 
         self.up = nn.ModuleList()
         for level, w in reversed(list(enumerate(widths))):
             attending = heads if level in attention else 0
-            level_blocks = nn.ModuleList()
             for _ in range(blocks + 1):
-                level_blocks.append(block(c + skips.pop(), w, attending))
+                self.up.append(block(c + kept.pop(), w, attending))
                 c = w
-            double = conv(w, w, 3, padding=1) if level > 0 else None
-            self.up.append(nn.ModuleList([level_blocks, double]))
+            if level > 0:
+                double = nn.Upsample(scale_factor=2)
+                self.up.append(nn.Sequential(double, conv(w, w, 3, padding=1)))
 
         output = zeroed(TRANSPOSED[dims](c, channels, patch + 2, stride=patch, padding=1))
         self.out = nn.Sequential(GroupNorm(c), nn.SiLU(), output)
@@ -714,20 +711,16 @@ class UNet(nn.Module):
         e = F.silu(e)
         h = self.stem(x)
         skips = [h]
-        for level_blocks, halve in self.down:
-            for block in level_blocks:
-                h = block(h, e)
-                skips.append(h)
-            if halve is not None:
-                h = halve(h)
-                skips.append(h)
+        for layer in self.down:
+            h = layer(h, e) if isinstance(layer, ResBlock) else layer(h)
+            skips.append(h)
         for block in self.middle:
             h = block(h, e)
-        for level_blocks, double in self.up:
-            for block in level_blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), e)
-            if double is not None:
-                h = double(F.interpolate(h, scale_factor=2))
+        for layer in self.up:
+            if isinstance(layer, ResBlock):
+                h = layer(torch.cat([h, skips.pop()], dim=1), e)
+            else:
+                h = layer(h)
         return self.out(h)
 
 
@@ -1340,8 +1333,8 @@ class Settings:
     }
     surrogate_weight = 1.0  # default weight where the image's term is a surrogate, not nats
     drawn_evaluations = None  # default for drawn data and a surrogate, if not Diffusion's
-    # What may change in a run; small only chooses defaults.
-    free = ("out", "judge", "device", "compile", "evaluations", "measured", "small")
+    # In a run; small only chooses defaults.
+    may_change = ("out", "judge", "device", "compile", "evaluations", "measured", "small")
 
     def __post_init__(self):
         if self.small and not self.data:
@@ -1459,7 +1452,7 @@ class Settings:
         settings = {}
         for name, value in asdict(self).items():
             of_prior = name.startswith("prior_")
-            if name not in self.free and (stage == "prior" or not of_prior):
+            if name not in self.may_change and (stage == "prior" or not of_prior):
                 settings[name] = value
         settings["data"] = Path(self.data).resolve().name if self.data else ""
         settings["beta"], settings["weight"] = self.kl_weight, self.label_weight

@@ -65,7 +65,7 @@ class Settings(diffmvae.Settings):
     surrogate_weight = 5.0
     # The first evaluation paints z's colours; each further one at high noise lets chance ones in.
     drawn_evaluations = 8
-    free = (*diffmvae.Settings.free, "clip")
+    may_change = (*diffmvae.Settings.may_change, "clip")
 
 
 # ---- Drawn birds, and captions in varied words from the same factors -----------------------------
