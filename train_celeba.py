@@ -51,9 +51,10 @@ class Settings(diffmvae.Settings):
 
 FACES = {"train": 10_000, "test": 1_000, "anew": 1_000}
 HAIR = {"Gray_Hair": (165, 165, 172), "Blond_Hair": (232, 196, 92), "Brown_Hair": (118, 72, 36),
-        "Black_Hair": (28, 22, 24), "": (178, 62, 36)}  # none of the four: red
-FORM = ["Straight_Hair", "Wavy_Hair", ""]
-FRONT = ["Bangs", "Receding_Hairline", ""]
+        "Black_Hair": (28, 22, 24)}
+OTHER_HAIR = (178, 62, 36)  # red
+FORM = ["Straight_Hair", "Wavy_Hair"]
+FRONT = ["Bangs", "Receding_Hairline"]
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 
@@ -61,10 +62,10 @@ def draw_attributes(rng):
     """A plausible combination, {name: bool}, drawn from a numpy Generator."""
     a = {name: bool(rng.random() < 0.35) for name in ATTRIBUTES}
     a["Male"] = bool(rng.random() < 0.5)
-    for exclusive in (list(HAIR), FORM, FRONT):
-        chosen = rng.choice(exclusive)
-        for name in exclusive:
-            a[name] = bool(name == chosen)
+    for names in (HAIR, FORM, FRONT):  # at most one of each
+        chosen = rng.integers(len(names) + 1)
+        for k, name in enumerate(names):
+            a[name] = bool(k == chosen)
     absent = ["Heavy_Makeup"] if a["Male"] else ["Mustache", "Bald"]
     if a["Wearing_Hat"]:
         absent += FRONT
@@ -129,10 +130,10 @@ def draw_face(a, rng, size):
 
 
 def hair_colour(a):
-    """Of the first colour that a has."""
     for name, colour in HAIR.items():
-        if name == "" or a[name]:
+        if a[name]:
             return colour
+    return OTHER_HAIR
 
 
 def draw_back(face, a, w, hair, clothes, shade):
@@ -334,7 +335,7 @@ def table3(model, training, test):
             if set(given) <= set(model.encoders):
                 predicted = sample(model.decoders[target], infer(model, x, given))
                 scores[label][target] = f1_score(predicted, test[target])
-        mean = training[target].float().mean(0).to(test[target].device)
+        mean = training[target].float().mean(0)
         constants = [mean >= threshold / 20 for threshold in range(1, 20)]
         scores["nothing"][target] = max(
             f1_score(constant.expand(test[target].shape), test[target]) for constant in constants
