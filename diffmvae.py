@@ -1525,7 +1525,7 @@ def conv_widths(s):
     return [s.encoder_channels * min(2**level, 8) for level in range(halvings)]
 
 
-def multimodal(s, encoders, decoders, term_weights):
+def build_model(s, encoders, decoders, term_weights):
     """The untrained model of the family s.family; Supervised has the image's encoder and the
     others' decoders."""
     if s.decoder == "none":
@@ -1536,7 +1536,7 @@ def multimodal(s, encoders, decoders, term_weights):
     return DiffMVAE(encoders, decoders, s.family, s.kl_weight, term_weights)
 
 
-def latent_prior(s, sides):
+def build_prior(s, sides):
     """The untrained latent prior (§3.4), None for Supervised; the paper's UNet has the latents laid
     out on sides."""
     if s.decoder == "none":

@@ -860,7 +860,7 @@ def test_latent_prior_standardises_by_the_law_of_total_variance():
 def test_latent_prior_learns_how_dimensions_go_together(tmp_path):
     """z = W f + noise, f of four numbers: the correlations, by the scripts' own prior and batch."""
     s = celeba.Settings(out=tmp_path, latent_dim=36, prior_steps=300, device="cpu")
-    randn, prior = normals(0), dm.latent_prior(s, (6, 6))
+    randn, prior = normals(0), dm.build_prior(s, (6, 6))
     mu = (randn(2000, 4) @ randn(4, 36)).float()
     logvar = torch.full_like(mu, math.log(0.3**2))
     prior.standardise(mu, logvar)

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 import diffmvae
 from diffmvae import (
-    ConvDecoder, ConvEncoder, Encoder, FeedForward, InputError, bernoulli, check_judge,
-    check_splits, conv_widths, decode_cached, f1_score, features, image_networks, infer,
-    judged, latent_prior, load_run, main, mlp, multimodal, nats, on_device, open_picture,
-    read_lines, read_table, sample, save_grid, save_results, train, unconditional,
+    ConvDecoder, ConvEncoder, Encoder, FeedForward, InputError, bernoulli, build_model, build_prior,
+    check_judge, check_splits, conv_widths, decode_cached, f1_score, features, image_networks,
+    infer, judged, load_run, main, mlp, nats, on_device, open_picture, read_lines, read_table,
+    sample, save_grid, save_results, train, unconditional,
 )
 
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
@@ -308,8 +308,8 @@ def build(s):
         "mask": FeedForward(ConvDecoder(1, s.size, D, narrow), bernoulli),
         "attributes": FeedForward(mlp(D, 256, 256, len(ATTRIBUTES)), bernoulli),
     }
-    model = multimodal(s, encoders, decoders, {"attributes": s.label_weight})
-    return model, latent_prior(s, (side, side))
+    model = build_model(s, encoders, decoders, {"attributes": s.label_weight})
+    return model, build_prior(s, (side, side))
 
 
 def load(out, device="cpu"):

@@ -26,10 +26,10 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import diffmvae
 from diffmvae import (
-    InputError, batches, check_judge, check_splits, decode_cached, features, frechet_distance,
-    image_networks, in_bf16, infer, judged, latent_prior, load_run, main, multimodal, nats,
-    on_device, open_picture, option, own_random_numbers, read_lines, read_table, sample,
-    save_grid, save_results, train, unconditional, why, widen_means,
+    InputError, batches, build_model, build_prior, check_judge, check_splits, decode_cached,
+    features, frechet_distance, image_networks, in_bf16, infer, judged, load_run, main, nats,
+    on_device, open_picture, option, own_random_numbers, read_lines, read_table, sample, save_grid,
+    save_results, train, unconditional, why, widen_means,
 )
 
 
@@ -184,7 +184,8 @@ def read_captions(path):
 def read_birds(folder, size):
     """As draw_birds, but without factors; the pictures are decoded once, then cached there."""
     folder = Path(folder)
-    root, images = folder / "CUB_200_2011", folder / "CUB_200_2011" / "images"
+    root = folder / "CUB_200_2011"
+    images = root / "images"
     texts = folder / ("text" if (folder / "text").exists() else "text_c10")
     for path in (root / "images.txt", root / "train_test_split.txt", images, texts):
         if not path.exists():
@@ -469,8 +470,8 @@ def build(s, configs, fresh=False):
             start_text(s, text_encoder, text_decoder)
     encoders = {"image": image_encoder, "caption": text_encoder}
     decoders = {"image": image_decoder, "caption": text_decoder}
-    model = multimodal(s, encoders, decoders, {"caption": s.label_weight})
-    return model, latent_prior(s, (s.latent_dim,))
+    model = build_model(s, encoders, decoders, {"caption": s.label_weight})
+    return model, build_prior(s, (s.latent_dim,))
 
 
 def load(out, device="cpu"):
