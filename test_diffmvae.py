@@ -1811,9 +1811,11 @@ def test_what_is_mirrored_and_what_is_held_out(tmp_path, monkeypatch, quick):
     for mirror, batches in ((False, []), (True, [64, 64, 64])):
         s = tiny(out=tmp_path / str(mirror), mirror=mirror, batch_size=64)
         pair = celeba.build(s)
-        model, _, _ = dm.train(s, data, *pair, celeba.get_batch, previews.append)
+        model, latents, _ = dm.train(s, data, *pair, celeba.get_batch, previews.append)
         assert mirrored == batches and previews.pop() is model
         assert sampled[-2:] == [(256, 16)] * 2  # the prior's two steps learn from samples
+    mu, _ = model.posterior(celeba.get_batch(data["train"]))
+    assert_close(latents.mean, mu.mean(0))
     (row,) = read_history(s.out)
     torch.manual_seed(s.seed)
     pieces = [celeba.get_batch(data["test"], slice(k, k + 64)) for k in range(0, 256, 64)]
@@ -1854,6 +1856,9 @@ def test_what_is_no_finished_run_of_this_script_is_not_loaded(tmp_path, quick):
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(p.requires_grad for p in (*model.parameters(), *latents.parameters()))
     assert not model.training and not latents.training
+    for part, stage in ((model, "model"), (latents, "prior")):
+        saved = torch.load(tmp_path / f"{stage}.pt")
+        assert all(torch.equal(value, saved["averaged"][k]) for k, value in part.state_dict().items())
     for changes, message in (
         ({"other": 1}, "is a run of another script, or of other code"),
         ({"prior_steps": 3}, "is not finished: run it again"),
