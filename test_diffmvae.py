@@ -1857,8 +1857,8 @@ def test_what_is_no_finished_run_of_this_script_is_not_loaded(tmp_path, quick):
     assert not any(p.requires_grad for p in (*model.parameters(), *latents.parameters()))
     assert not model.training and not latents.training
     for part, stage in ((model, "model"), (latents, "prior")):
-        saved = torch.load(tmp_path / f"{stage}.pt")
-        assert all(torch.equal(value, saved["averaged"][k]) for k, value in part.state_dict().items())
+        averaged = torch.load(tmp_path / f"{stage}.pt")["averaged"]
+        assert all(torch.equal(value, averaged[k]) for k, value in part.state_dict().items())
     for changes, message in (
         ({"other": 1}, "is a run of another script, or of other code"),
         ({"prior_steps": 3}, "is not finished: run it again"),
