@@ -1034,8 +1034,8 @@ def resume(path, settings, parts):
                for name in sorted(was.keys() | settings.keys())
                if was.get(name) != settings.get(name)]
     if changes:
-        raise InputError(f"{path} is of another run ({', '.join(changes)}): repeat its flags, and "
-                         "give it its data, or change --out")
+        raise InputError(f"{path} is of another run ({', '.join(changes)}): repeat its flags, with "
+                         "its data, or change --out")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"], state["seconds"], state["history"]

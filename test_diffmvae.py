@@ -2399,7 +2399,7 @@ def test_a_finished_pretrained_run_needs_its_own_folder_alone(local, quick):
     cub.run(s)
     assert Path(s.out, "samples.png").read_bytes() == sheet
     Path(s.out, "text-out.json").rename(Path(s.out, "x"))
-    with refused("tokenizer-out or text-out.json, parts of that run, are missing: change --out"):
+    with refused("tokenizer-out or text-out.json is missing: that run has to be made first"):
         cub.load(s.out)
 
 

@@ -379,8 +379,7 @@ def read_text_parts(out):
     for end, kind in (("in", hf.BertConfig), ("out", hf.GPT2Config)):
         folder, file = Path(out) / f"tokenizer-{end}", Path(out) / f"text-{end}.json"
         if not (folder.is_dir() and file.exists()):  # and never from the hub
-            raise InputError(f"{folder} or {file.name}, parts of that run, are missing: change "
-                             "--out")
+            raise InputError(f"{folder} or {file.name} is missing: that run has to be made first")
         tokenizers.append(pretrained(hf.AutoTokenizer, str(folder)))
         configs.append(kind.from_json_file(file))
     return tokenizers, configs
