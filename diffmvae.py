@@ -1211,7 +1211,8 @@ def save_curves(path, history):
 
     Black in training, red held out. A panel's ends are those of the last nine tenths of its term.
     """
-    width, height, held_out = 600, 120, "held-out "
+    width, height = 600, 120
+    held_out = "held-out "
     terms = [name for name in history[0]
              if name not in ("step", "seconds") and not name.startswith(held_out)]
     sheet = Image.new("RGB", (width, height * len(terms)), "white")
@@ -1249,7 +1250,9 @@ class SteadyStream:
         self.stream = stream
 
     def write(self, text):
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        encoding = getattr(self.stream, "encoding", None)
+        if encoding is None:
+            encoding = "utf-8"
         with suppress(OSError):
             self.stream.write(text.encode(encoding, "replace").decode(encoding))
 

@@ -105,8 +105,9 @@ def draw_face(a, rng, size):
     def colour():
         return tuple(rng.integers(30, 226, 3).tolist())
 
-    background, clothes, hat = colour(), colour(), colour()
-    dx, dy, w = int(rng.integers(62, 67)), int(rng.integers(-2, 3)), int(rng.integers(26, 31))
+    background, clothes, hat = [colour() for _ in range(3)]
+    dx, dy = int(rng.integers(62, 67)), int(rng.integers(-2, 3))
+    w = int(rng.integers(26, 31))
     tone, light = 0.55 + 0.45 * rng.random(), 0.9 + 0.2 * rng.random()
     skin = (250, 226, 214) if a["Pale_Skin"] else tuple(int(c * tone) for c in (214, 158, 116))
     hair = tuple(min(255, int(c * light)) for c in hair_colour(a))
