@@ -1318,6 +1318,16 @@ def test_what_is_no_checkpoint_is_refused_and_code_in_it_is_not_run(tmp_path, mo
     assert not Path("executed").exists()
 
 
+def test_a_checkpoint_too_large_for_the_memory_is_not_called_broken(tmp_path, monkeypatch):
+    def load(*arguments, **options):
+        raise MemoryError
+
+    (tmp_path / "model.pt").touch()
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        dm.read_checkpoint(tmp_path / "model.pt")
+
+
 def test_the_checksum_knows_every_example():
     data = {"a": torch.arange(24).view(12, 2), "b": torch.ones(12, dtype=torch.uint8)}
     sums = {dm.checksum(data), dm.checksum({name: x[:11] for name, x in data.items()})}
