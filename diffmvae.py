@@ -466,6 +466,10 @@ class DiffMVAE(nn.Module):
         present = torch.ones(mu.shape[:2], dtype=torch.bool, device=mu.device)
         return self.fuse(mu, logvar, present)
 
+    def divergence(self, mu, logvar, expert_mu, expert_logvar):
+        """KL(q(z|x_A) ‖ p(z)) of the products (B, S, D); the experts (B, M, D) are for MVTCAE."""
+        return kl_divergence(mu, logvar)  # (B, S)
+
     def reconstruction(self, decoder, x, z, every_subset):
         """Σ_A ω_A log p(x|z_A), or an unbiased estimate: z: (B, S, D) -> (B,).
 
@@ -491,9 +495,9 @@ class DiffMVAE(nn.Module):
             raise InputError("A is empty: only the prior expert allows a subset of nothing")
         check_names(x, [*self.encoders, *self.decoders], "encoder or decoder")
         family = self.subsets if A is None else A[None].to(self.subsets)  # (S, M)
-        mu, logvar = self.experts({name: x[name] for name in self.encoders})  # (B, M, D)
-        mu, logvar = self.fuse(mu[:, None], logvar[:, None], family)  # (B, S, D)
-        kl = kl_divergence(mu, logvar).mean(1)  # (B,)
+        expert_mu, expert_logvar = self.experts({name: x[name] for name in self.encoders})
+        mu, logvar = self.fuse(expert_mu[:, None], expert_logvar[:, None], family)  # (B, S, D)
+        kl = self.divergence(mu, logvar, expert_mu, expert_logvar).mean(1)  # (B,)
         z = sample_gaussian(mu, logvar)  # (B, S, D)
         log_prob = {}
         for name, decoder in self.decoders.items():
@@ -837,20 +841,17 @@ class MVTCAE(DiffMVAE):
         share = (len(encoders) - alpha) / len(encoders)
         self.term_weights = {name: share * self.term_weights.get(name, 1) for name in decoders}
 
+    def divergence(self, mu, logvar, expert_mu, expert_logvar):
+        """(1 − α) KL(q ‖ p(z)) + α/M Σ_i KL(q ‖ q(z|x_i)): (B, 1)."""
+        to_prior = kl_divergence(mu, logvar)  # (B, 1)
+        to_experts = kl_divergence(mu, logvar, expert_mu, expert_logvar)  # (B, M), q against each
+        return (1 - self.alpha) * to_prior + self.alpha * to_experts.mean(1, keepdim=True)
+
     def elbo(self, x, A=None, every_subset=False):
         """The objective above, in the form of Eq. 5."""
         if A is not None:
             raise InputError("MVTCAE is defined for the product of all alone")
-        expert_mu, expert_logvar = self.experts({name: x[name] for name in self.encoders})
-        mu, logvar = self.fuse(expert_mu[:, None], expert_logvar[:, None], self.subsets)
-        to_prior = kl_divergence(mu, logvar)[:, 0]  # (B,), of q, (B, 1, D)
-        to_experts = kl_divergence(mu, logvar, expert_mu, expert_logvar).mean(1)  # (B,), of M
-        z = sample_gaussian(mu, logvar)  # (B, 1, D)
-        log_prob = {}
-        for name, decoder in self.decoders.items():
-            log_prob[name] = self.reconstruction(decoder, x[name], z, every_subset)  # (B,)
-        kl = (1 - self.alpha) * to_prior + self.alpha * to_experts
-        return ELBO(log_prob, kl, self.beta, self.term_weights)
+        return super().elbo(x, every_subset=every_subset)
 
 
 class IncompleteDiffMVAE(DiffMVAE):
@@ -1274,8 +1275,8 @@ def option(help, default=None, *, least=None, **flag):
 
 @dataclass
 class Settings:
-    """What both scripts can be told. Where nothing is given (None), the default for the kind of data
-    is chosen here; those of beta, weight, evaluations and compile are properties."""
+    """What both scripts can be told. Where nothing is given (None), the default for the kind of
+    data is chosen here; those of beta, weight, evaluations and compile are properties."""
 
     data: str = option("folder of the real data; without it data are drawn", "")
     small: bool = option("real data on a CPU: takes the defaults called small below", False,
@@ -1617,11 +1618,9 @@ def train_model(s, data, model, get_batch, preview):
 def train_prior(s, examples, model, prior, get_batch):
     """The latent prior on z of examples, as they are, not mirrored: averaged, and the seconds."""
     prior = prior.to(s.device)
-    rows = {"index": torch.arange(len(examples["image"]), device=s.device)}
     with own_random_numbers(), torch.no_grad():
         torch.manual_seed(s.seed)
-        each = [model.posterior(get_batch(examples, piece["index"]))
-                for piece in batches(rows, "encoding")]
+        each = [model.posterior(get_batch(piece)) for piece in batches(examples, "encoding")]
     mu, logvar = (torch.cat(parts) for parts in zip(*each))  # (N, D) each
     prior.standardise(mu, logvar)
 

@@ -52,7 +52,7 @@ class Settings(diffmvae.Settings):
 FACES = {"train": 10_000, "test": 1_000, "anew": 1_000}
 HAIR = {"Gray_Hair": (165, 165, 172), "Blond_Hair": (232, 196, 92), "Brown_Hair": (118, 72, 36),
         "Black_Hair": (28, 22, 24)}
-OTHER_HAIR = (178, 62, 36)  # red
+RED = (178, 62, 36)
 FORM = ["Straight_Hair", "Wavy_Hair"]
 FRONT = ["Bangs", "Receding_Hairline"]
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
@@ -131,10 +131,11 @@ def draw_face(a, rng, size):
 
 
 def hair_colour(a):
+    """Of the first colour that a has, or red."""
     for name, colour in HAIR.items():
         if a[name]:
             return colour
-    return OTHER_HAIR
+    return RED
 
 
 def draw_back(face, a, w, hair, clothes, shade):
