@@ -1,11 +1,10 @@
-"""Diff-MVAE on CelebAMask-HQ (§4.2): a face's image, mask and attributes, each from any other.
+"""Diff-MVAE on CelebAMask-HQ (§4.2): the image, mask and attributes of a face, each from any other.
 
-    python train_celeba.py                          draws faces, 32 px: ten minutes on two cores
-    python train_celeba.py --data CelebAMask-HQ     the released data, 128 px, for a GPU
-    python train_celeba.py --data CelebAMask-HQ --small       the same at 64 px, hours on one core
+    python train_celeba.py                               synthetic faces, 32 px, minutes on a CPU
+    python train_celeba.py --data CelebAMask-HQ          the released data set, 128 px, for a GPU
+    python train_celeba.py --data CelebAMask-HQ --small  the same at 64 px, hours on a CPU
 
-Trains Diff-MVAE (§3.2), then the latent prior (§3.4), measures (Table 3), draws (Figures 5, 6).
-The same command run again goes on where it stopped.
+The same command continues a run that was stopped. README.md describes the results.
 """
 
 import math
@@ -16,40 +15,33 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import diffmvae
-from diffmvae import (
-    ConvDecoder, ConvEncoder, Encoder, FeedForward, InputError, bernoulli, build_model, build_prior,
-    check_judge, check_splits, conv_widths, decode_cached, f1_score, features, image_networks,
-    infer, judged, load_run, main, mlp, nats, on_device, open_picture, read_lines, read_table,
-    sample, save_grid, save_results, train, unconditional,
-)
+import diffmvae as dm
+from diffmvae import InputError, encode_rows, sample
 
 ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
     Heavy_Makeup Male Mouth_Slightly_Open Mustache Pale_Skin Receding_Hairline Smiling Straight_Hair
     Wavy_Hair Wearing_Hat""".split()
 
 
-class Settings(diffmvae.Settings):
-    """Drawn faces train in minutes on a CPU; README.md says which of the real ones' settings are
-    the paper's, its authors' or ours."""
+class Settings(dm.Settings):
+    """Adds to the defaults those for faces. README.md says which are the paper's."""
 
-    defaults = {  # drawn faces, CelebAMask-HQ, CelebAMask-HQ with --small
-        **diffmvae.Settings.defaults,
-        "out": ("runs/drawn", "runs/celeba", "runs/celeba-small"),
-        "size": (32, 128, 64),
+    presets = {  # synthetic faces, CelebAMask-HQ, CelebAMask-HQ with --small
+        "out": ("runs/faces", "runs/celeba", "runs/celeba-small"),
+        "image_size": (32, 128, 64),
         "steps": (3200, 100_000, 20_000),
         "batch_size": (8, 64, 8),
+        "log_prob_weight": (10.0, 10.0, 10.0),
         "latent_dim": (64, 256, 64),
-        "channels": (32, 128, 24),
-        "multipliers": ([1, 2], [1, 2, 2, 3, 4], [1, 2, 2]),
-        "vae_rate": (1e-3, 2e-4, 1e-3),
+        "model_channels": (32, 128, 24),
+        "channel_mult": ([1, 2], [1, 2, 2, 3, 4], [1, 2, 2]),
+        "vae_lr": (1e-3, 2e-4, 1e-3),
     }
-    surrogate_weight = 10.0
 
 
-# ---- Drawn faces: the same attributes, all visible, and a mask with the same meaning -------------
+# ---- Synthetic faces: the same attributes, all visible, and a mask of the same meaning -----------
 
-FACES = {"train": 10_000, "test": 1_000, "anew": 1_000}
+FACES = {"train": 10_000, "test": 1_000, "fresh": 1_000}
 HAIR = {"Gray_Hair": (165, 165, 172), "Blond_Hair": (232, 196, 92), "Brown_Hair": (118, 72, 36),
         "Black_Hair": (28, 22, 24)}
 RED = (178, 62, 36)
@@ -58,8 +50,8 @@ FRONT = ["Bangs", "Receding_Hairline"]
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 
-def draw_attributes(rng):
-    """A plausible combination, {name: bool}, drawn from a numpy Generator."""
+def sample_attributes(rng):
+    """Return a plausible combination of attributes, {name: bool}. rng: a numpy Generator."""
     a = {name: bool(rng.random() < 0.35) for name in ATTRIBUTES}
     a["Male"] = bool(rng.random() < 0.5)
     for names in (HAIR, FORM, FRONT):  # at most one of each
@@ -75,71 +67,43 @@ def draw_attributes(rng):
 
 
 class Sketch:
-    """A square of 128 with x = 0 in the middle, (dx, dy) away from its corner; what is drawn right
-    of the middle is mirrored. The fourth channel is the mask."""
+    """A canvas of 128 × 128 pixels with its origin at (dx, dy). Shapes with x > 0 are mirrored. The
+    fourth channel is the mask."""
 
     def __init__(self, background, dx, dy):
         self.canvas = Image.new("RGBX", (128, 128), (*background, 0))
         self.pen = ImageDraw.Draw(self.canvas)
         self.dx, self.dy = dx, dy
 
-    def add(self, shape, box, colour, in_mask=True, **options):
+    def add(self, shape, box, color, in_mask=True, **options):
+        """Draw a shape, a method of ImageDraw, into box = (x0, y0, x1, y1)."""
         x0, y0, x1, y1 = box
         sides = [(x0, x1)]
         if x0 > 0:
             sides.append((-x1, -x0))
         for left, right in sides:
             place = (left + self.dx, y0 + self.dy, right + self.dx, y1 + self.dy)
-            fill = (*colour, 255 if in_mask else 0)
+            fill = (*color, 255 if in_mask else 0)
             getattr(self.pen, shape)(place, fill=fill, **options)
 
-    def shrunk(self, size):
-        return shrunk(self.canvas.convert("RGB"), self.canvas.getchannel("X"), size)
 
-
-def draw_face(a, rng, size):
-    """Picture and mask, (size, size, 3 + 1), of a face with attributes a; the rest is rng's.
-
-    From back to front. As in CelebAMask-HQ all but the skin, and what is on it, is in the mask.
-    """
-    def colour():
-        return tuple(rng.integers(30, 226, 3).tolist())
-
-    background, clothes, hat = [colour() for _ in range(3)]
+def render_face(a, rng, size):
+    """Render a face with attributes a from back to front; rng varies the rest: uint8 (size, size,
+    3 + 1). The mask covers everything except the background, the skin, and make-up or a mustache
+    on it."""
+    background, clothes, hat = [tuple(rng.integers(30, 226, 3).tolist()) for _ in range(3)]
     dx, dy = int(rng.integers(62, 67)), int(rng.integers(-2, 3))
-    w = int(rng.integers(26, 31))
+    w = int(rng.integers(26, 31))  # half the width of the head
     tone, light = 0.55 + 0.45 * rng.random(), 0.9 + 0.2 * rng.random()
     skin = (250, 226, 214) if a["Pale_Skin"] else tuple(int(c * tone) for c in (214, 158, 116))
-    hair = tuple(min(255, int(c * light)) for c in hair_colour(a))
+    hair_color = next((color for name, color in HAIR.items() if a[name]), RED)
+    hair = tuple(min(255, int(c * light)) for c in hair_color)
     shade = tuple(int(0.8 * c) for c in skin)
     brow = tuple(c // 2 for c in hair)
+    lips = (205, 20, 55) if a["Heavy_Makeup"] else (176, 88, 84)
+    opened = a["Mouth_Slightly_Open"]
     face = Sketch(background, dx, dy)
-    draw_back(face, a, w, hair, clothes, shade)
-    face.add("ellipse", (-w, 26, w, 102), skin, in_mask=False)
-    if a["Male"]:
-        face.add("rounded_rectangle", (2 - w, 62, w - 2, 103), skin, in_mask=False, radius=11)
-    draw_front_hair(face, a, w, hair)
-    draw_eyes(face, a, brow)
-    face.add("ellipse", (-4, 66, 4, 77), (150, 95, 75))  # nose
-    draw_mouth(face, a)
-    if a["Mustache"]:
-        face.add("rectangle", (-14, 77, 14, 82), brow, in_mask=False)
-    if a["Wearing_Hat"]:
-        face.add("rounded_rectangle", (-29, 4, 29, 40), hat, radius=10)
-        face.add("rectangle", (-41, 34, 41, 42), hat)
-    return face.shrunk(size)
-
-
-def hair_colour(a):
-    """Of the first colour that a has, or red."""
-    for name, colour in HAIR.items():
-        if a[name]:
-            return colour
-    return RED
-
-
-def draw_back(face, a, w, hair, clothes, shade):
-    """Hair behind the head, clothes, neck and ears; men are shorter of hair and broader."""
+    # Hair behind the head, clothes, neck and ears; men have shorter hair and broader shoulders
     end, shoulder, neck, corner = (68, 47, 18, 10) if a["Male"] else (108, 35, 10, 24)
     if not a["Bald"]:
         face.add("ellipse", (-w - 7, 17, w + 7, 82), hair)
@@ -151,18 +115,16 @@ def draw_back(face, a, w, hair, clothes, shade):
     face.add("rounded_rectangle", (-shoulder, 106, shoulder, 150), clothes, radius=corner)
     face.add("rectangle", (-neck, 86, neck, 111), shade)
     face.add("ellipse", (w - 3, 56, w + 6, 74), shade)
-
-
-def draw_front_hair(face, a, w, hair):
+    # Head and the hair on it
+    face.add("ellipse", (-w, 26, w, 102), skin, in_mask=False)
+    if a["Male"]:
+        face.add("rounded_rectangle", (2 - w, 62, w - 2, 103), skin, in_mask=False, radius=11)
     if not a["Bald"]:
         start, end = (222, 318) if a["Receding_Hairline"] else (200, 340)
         face.add("chord", (-w - 2, 20, w + 2, 84), hair, start=start, end=end)
     if a["Bangs"]:
         face.add("chord", (-w, 24, w, 84), hair, start=182, end=358)
-
-
-def draw_eyes(face, a, brow):
-    """Make-up, glasses, eyebrows and eyes."""
+    # Make-up, glasses, eyebrows, eyes and nose
     if a["Heavy_Makeup"]:
         face.add("ellipse", (5, 53, 23, 66), (120, 70, 190), in_mask=False)
         face.add("ellipse", (12, 72, 25, 82), (238, 120, 130), in_mask=False)
@@ -173,11 +135,8 @@ def draw_eyes(face, a, brow):
     face.add("rectangle", (7, 46, 21, 53) if a["Bushy_Eyebrows"] else (7, 49, 21, 50), brow)
     face.add("ellipse", (8, 57, 20, 66), WHITE)
     face.add("ellipse", (11, 57, 17, 66), (40, 40, 70))
-
-
-def draw_mouth(face, a):
-    lips = (205, 20, 55) if a["Heavy_Makeup"] else (176, 88, 84)
-    opened = a["Mouth_Slightly_Open"]
+    face.add("ellipse", (-4, 66, 4, 77), (150, 95, 75))
+    # Mouth, mustache and hat
     if a["Smiling"]:
         face.add("chord", (-17, 70, 17, 97 if opened else 93), lips, start=10, end=170)
         if opened:
@@ -186,232 +145,213 @@ def draw_mouth(face, a):
         face.add("ellipse", (-9, 81, 9, 95 if opened else 87), lips)
         if opened:
             face.add("ellipse", (-6, 84, 6, 92), (70, 10, 20))
+    if a["Mustache"]:
+        face.add("rectangle", (-14, 77, 14, 82), brow, in_mask=False)
+    if a["Wearing_Hat"]:
+        face.add("rounded_rectangle", (-29, 4, 29, 40), hat, radius=10)
+        face.add("rectangle", (-41, 34, 41, 42), hat)
+    return shrink(face.canvas.convert("RGB"), face.canvas.getchannel("X"), size)
 
 
-def draw_faces(size):
-    """{split: {modality: uint8 (N, ...)}} of drawn faces, the same at every run; "anew" are as
-    close to those of "test" as pictures can be."""
-    print("These faces are drawn; --data CelebAMask-HQ takes real ones (see README.md).")
+def synthetic_faces(size):
+    """Return {split: {modality: uint8 (N, ...)}} of synthetic faces, the same in every run. "fresh"
+    has further faces like those of "test"."""
+    print("These faces are synthetic; --data CelebAMask-HQ uses real ones (see README.md).")
     data = {}
     for seed, (split, n) in enumerate(FACES.items()):
         rng = np.random.default_rng(seed)
         layers, attributes = [], []
-        for _ in tqdm(range(n), f"drawing faces: {split}"):
-            a = draw_attributes(rng)
-            layers.append(draw_face(a, rng, size))
+        for _ in tqdm(range(n), f"rendering faces: {split}"):
+            a = sample_attributes(rng)
+            layers.append(render_face(a, rng, size))
             attributes.append(list(a.values()))
         data[split] = modalities(torch.from_numpy(np.stack(layers)), torch.tensor(attributes))
     return data
 
 
-def shrunk(picture, mask, size):
-    """A PIL picture and its mask as uint8 (size, size, 3 + 1); the mask is 0 or 1."""
-    picture, mask = (x.resize((size, size), Image.Resampling.BOX) for x in (picture, mask))
-    return np.dstack([np.asarray(picture), np.asarray(mask) > 127])
+def shrink(image, mask, size):
+    """Resize a PIL image and its mask to uint8 (size, size, 3 + 1); the mask becomes 0 or 1."""
+    image, mask = (x.resize((size, size), Image.Resampling.BOX) for x in (image, mask))
+    return np.dstack([np.asarray(image), np.asarray(mask) > 127])
 
 
 def modalities(layers, attributes):
-    """(N, H, W, 3 + 1) uint8 and (N, 18) bool -> {modality: uint8 (N, ...)}."""
+    """Return {modality: uint8 (N, ...)} for layers (N, H, W, 3 + 1) and attributes (N, 18)."""
     image, mask = layers.permute(0, 3, 1, 2).split([3, 1], dim=1)
     return {"image": image, "mask": mask, "attributes": attributes.byte()}
 
 
 # ---- CelebAMask-HQ as released -------------------------------------------------------------------
 
-SPLITS = {"train": range(162_770), "test": range(182_637, 202_599)}  # indices in CelebA, from 0
+SPLITS = {"train": range(162_770), "test": range(182_637, 202_599)}  # image numbers in CelebA
 PARTS = """nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l
-    neck cloth""".split()  # all but the skin
+    neck cloth""".split()  # all parts of a face except the skin
 
 
 def read_face(folder, k, size):
-    """Picture and mask, (size, size, 3 + 1), of face k; in the mask all parts but the skin are
-    united (§4.2)."""
-    picture = open_picture(folder / "CelebA-HQ-img" / f"{k}.jpg", "RGB")
-    place = folder / "CelebAMask-HQ-mask-anno" / f"{k // 2000}"
-    union = None
-    for part in PARTS:
-        path = place / f"{k:05d}_{part}.png"
-        if not path.exists():
-            continue
-        layer = np.asarray(open_picture(path, "L"))
-        if 0 < layer.max() < 128:
-            raise InputError(f"{path} has no value above {layer.max()}: masks are 0 and 255")
-        if union is not None and union.shape != layer.shape:
-            raise InputError(f"{path} is of another size than the other parts: unpack it again")
-        union = layer if union is None else np.maximum(union, layer)
-    if union is None:
-        raise InputError(f"{place} has no mask of picture {k}: unpack it again, or take the "
-                         "picture out of the attribute file")
-    return shrunk(picture, Image.fromarray(union), size)
-
-
-def read_attributes(path):
-    """{picture's number: [18 bools]} of the attribute file, which says which pictures there are."""
-    lines = read_lines(path)
-    names = lines[1].split() if len(lines) > 1 else []
-    missing = [name for name in ATTRIBUTES if name not in names]
-    if missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}: take the file as released")
-    meaning = {"1": True, "-1": False}
-
-    def pair(name, *values):
-        on = {a: meaning[value] for a, value in zip(names, values, strict=True)}
-        return int(name.removesuffix(".jpg")), [on[a] for a in ATTRIBUTES]
-
-    table = read_table(path, pair, header=2)
-    if lines[0].split() != [str(len(table))]:
-        raise InputError(f"{path} has {len(table)} faces, its first line says {lines[0]}: get it "
-                         "anew")
-    return table
+    """Return image and mask of face k, uint8 (size, size, 3 + 1). The mask is the union of all
+    parts except the skin (§4.2)."""
+    image = dm.open_image(folder / "CelebA-HQ-img" / f"{k}.jpg", "RGB")
+    stem = folder / "CelebAMask-HQ-mask-anno" / f"{k // 2000}" / f"{k:05d}"
+    paths = [path for path in (Path(f"{stem}_{part}.png") for part in PARTS) if path.exists()]
+    layers = [np.asarray(dm.open_image(path, "L")) for path in paths]
+    if not layers or any(0 < layer.max() < 128 for layer in layers):
+        raise InputError(f"{stem}_*.png: a mask of 0 and 255 is missing. Unpack them again, or "
+                         "remove the face from the attribute file")
+    return shrink(image, Image.fromarray(np.maximum.reduce(layers)), size)
 
 
 def read_faces(folder, size):
-    """{split: {modality: uint8 (N, ...)}}, decoded once, then cached there, in CelebA's own split;
-    its validation faces are not used."""
+    """Return {split: {modality: uint8 (N, ...)}} in CelebA's splits, without its validation faces.
+    Images and masks are decoded once, then kept in a file beside them."""
     folder = Path(folder)
-    anno = folder / "CelebAMask-HQ-attribute-anno.txt"
-    mapping = folder / "CelebA-HQ-to-CelebA-mapping.txt"
-    for path in (anno, mapping, folder / "CelebAMask-HQ-mask-anno", folder / "CelebA-HQ-img"):
-        if not path.exists():
-            raise InputError(f"{path} is missing: --data is the folder CelebAMask-HQ as released")
-    known = read_attributes(anno)
-    origin = read_table(mapping, lambda k, index, *_: (int(k), int(index)), 1, known)
-    rows = {split: [row for row, k in enumerate(known) if origin[k] in indices]
-            for split, indices in SPLITS.items()}
-    check_splits(rows, anno)
-    cache = folder / f"diffmvae-{size}.pt"
-    layers = decode_cached(cache, lambda k: read_face(folder, k, size), list(known))
-    attributes = torch.tensor(list(known.values()))
-    return {split: modalities(layers[rows[split]], attributes[rows[split]]) for split in rows}
+    path = folder / "CelebAMask-HQ-attribute-anno.txt"
+    _, names, *rows = [line.split() for line in dm.read_lines(path)]
+    missing = set(ATTRIBUTES) - set(names)
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}: use the file as released")
+    faces = [int(name.removesuffix(".jpg")) for name, *_ in rows]
+    columns = [1 + names.index(name) for name in ATTRIBUTES]
+    attributes = torch.tensor([[int(row[column]) > 0 for column in columns] for row in rows])
+    _, *rows = [line.split() for line in dm.read_lines(folder / "CelebA-HQ-to-CelebA-mapping.txt")]
+    origin = {int(k): int(number) for k, number, _ in rows}
+    cache = folder / f"diffmvae-images-{size}.pt"
+    layers = dm.decode_cached(cache, lambda k: read_face(folder, k, size), faces)
+    data = {}
+    for split, numbers in SPLITS.items():
+        chosen = [row for row, k in enumerate(faces) if origin[k] in numbers]
+        data[split] = modalities(layers[chosen], attributes[chosen])
+    return data
 
 
 # ---- The three modalities ------------------------------------------------------------------------
 
 def get_batch(data, i=slice(None)):
-    """Examples i as the networks see them: pictures in [−1, 1], masks and attributes 0 or 1."""
+    """Return examples i for the networks: images in [−1, 1], masks and attributes 0 or 1."""
     x = {name: value[i].float() for name, value in data.items()}
-    if "image" in x:
-        x["image"] = x["image"] / 127.5 - 1
-    return x
+    return {name: value / 127.5 - 1 if name == "image" else value for name, value in x.items()}
 
 
 def build(s):
-    """The untrained model and latent prior for settings s (§4.2)."""
-    D, side = s.latent_dim, math.isqrt(s.latent_dim)
-    encoder, decoder = image_networks(s)
-    narrow = [width // 2 for width in conv_widths(s)]  # masks are simple
+    """Return the untrained model and latent prior for the settings s (§4.2)."""
+    size, D = s.image_size, s.latent_dim
+    encoder, decoder = dm.image_networks(s)
+    base = s.encoder_channels // 2  # masks are simple
     encoders = {
         "image": encoder,
-        "mask": ConvEncoder(1, s.size, D, narrow),
-        "attributes": Encoder(mlp(len(ATTRIBUTES), 256, 256, 2 * D)),
+        "mask": dm.ConvEncoder(1, size, D, base),
+        "attributes": dm.Encoder(dm.mlp(len(ATTRIBUTES), 256, 256, 2 * D)),
     }
     decoders = {
         "image": decoder,
-        "mask": FeedForward(ConvDecoder(1, s.size, D, narrow), bernoulli),
-        "attributes": FeedForward(mlp(D, 256, 256, len(ATTRIBUTES)), bernoulli),
+        "mask": dm.FeedForwardDecoder(dm.ConvDecoder(1, size, D, base), dm.bernoulli),
+        "attributes": dm.FeedForwardDecoder(dm.mlp(D, 256, 256, len(ATTRIBUTES)), dm.bernoulli),
     }
-    model = build_model(s, encoders, decoders, {"attributes": s.label_weight})
-    return model, build_prior(s, (side, side))
+    weights, side = {"attributes": s.log_prob_weight}, math.isqrt(D)
+    return dm.build_pair(s, encoders, decoders, weights, (side, side))
 
 
 def load(out, device="cpu"):
-    """(model, prior) that a finished run left in the folder out, ready to use."""
-    return load_run(out, Settings, build, device)
+    """Return the trained (model, prior) of the finished run in the folder out."""
+    return dm.load_run(out, Settings, build, device)
 
 
-# ---- Measuring (Table 3), drawing (Figures 5 and 6), and the run --------------------------------
+# ---- Evaluation (Table 3), samples (Figures 5 and 6), and the run --------------------------------
 
-OTHERS = ["mask", "attributes"]  # modalities than the image
-GIVEN = {"image": ["image"], "mask + attributes": OTHERS, "mask": ["mask"],
-         "attributes": ["attributes"]}  # what pictures are drawn from
-SHOWN = {**GIVEN, "image": OTHERS}  # what these should then show
+NON_IMAGE = ["mask", "attributes"]
+CONDITIONS = {"image": ["image"], "mask + attributes": NON_IMAGE, "mask": ["mask"],
+              "attributes": ["attributes"]}  # what images are generated from
+TARGETS = {**CONDITIONS, "image": NON_IMAGE}  # what the generated images should then show
+
+
+def f1_score(predicted, actual):
+    """Sample-average F1 (§4.2): 2 TP / (2 TP + FP + FN) for each example, 0 if both are empty.
+
+    predicted, actual: (N, ...), bool, or probabilities, which are thresholded at ½.
+    """
+    predicted, actual = predicted.flatten(1) > 0.5, actual.flatten(1) > 0.5
+    total = predicted.sum(1) + actual.sum(1)
+    return (2 * (predicted & actual).sum(1) / total.clamp(min=1)).mean().item()
 
 
 def table3(model, training, test):
-    """Table 3's F1, {given: {modality: score}}; given nothing, the best that ignores its input: the
-    training set's mean, cut where that scores best on test."""
+    """Return the F1 of Table 3, {condition: {modality: score}}. The constant baseline is the mean
+    of the training set, thresholded where that scores best on test."""
     x = get_batch(test)
-    scores = {"both others": {}, "the image": {}, "nothing": {}}
+    scores = {"image + other modality": {}, "image": {}, "constant baseline": {}}
     for target, other in (("attributes", "mask"), ("mask", "attributes")):
-        for label, given in (("both others", ["image", other]), ("the image", ["image"])):
-            if set(given) <= set(model.encoders):
-                predicted = sample(model.decoders[target], infer(model, x, given))
+        conditions = {"image + other modality": ["image", other], "image": ["image"]}
+        for label, condition in conditions.items():
+            if set(condition) <= set(model.encoders):
+                predicted = sample(model.decoders, target, encode_rows(model, x, condition))
                 scores[label][target] = f1_score(predicted, test[target])
         mean = training[target].float().mean(0)
-        constants = [mean >= threshold / 20 for threshold in range(1, 20)]
-        scores["nothing"][target] = max(
-            f1_score(constant.expand(test[target].shape), test[target]) for constant in constants
-        )
+        constants = [(mean >= k / 20).expand(test[target].shape) for k in range(1, 20)]
+        best = max(f1_score(constant, test[target]) for constant in constants)
+        scores["constant baseline"][target] = best
     return scores
 
 
-def draw(path, model, x, prior=None, training=None):
-    """A picture for each example of x given each of GIVEN (§3.3) and, with the prior, from nothing
-    (§3.4), ten of each also as a PNG (Figures 5, 6): {given: {modality: (n, ...)}}. Beside the
-    image stand the modalities to agree with it: those of SHOWN or, from nothing, what the same z is
-    decoded to.
-    """
-    latents = {label: infer(model, x, given) for label, given in GIVEN.items()}
+def generate(path, model, x, prior=None, training=None):
+    """Generate images for the examples x under CONDITIONS (§3.3) and, with the prior, without any
+    (§3.4). Save ten of each (Figures 5 and 6), and return {condition: {modality: (n, ...)}}: the
+    images and the modalities that they should agree with, which are TARGETS or, without condition,
+    decoded from the same z."""
+    latents = {label: encode_rows(model, x, names) for label, names in CONDITIONS.items()}
     if prior is not None:
-        latents.update(unconditional(model, prior, training))
-    made = {}
-    for label, z in tqdm(latents.items(), path.stem, leave=False):
-        if label in SHOWN:
-            shown = {name: x[name] for name in SHOWN[label]}
-        else:
-            shown = {name: sample(model.decoders[name], z) for name in OTHERS}
-        made[label] = {**shown, "image": sample(model.decoders["image"], z)}
+        latents.update(dm.unconditional_latents(model, prior, training))
+    generated = {}
+    for label, z in latents.items():
+        generated[label] = {"image": sample(model.decoders, "image", z)}
+        for name in TARGETS.get(label, NON_IMAGE):
+            known = label in TARGETS
+            generated[label][name] = x[name] if known else sample(model.decoders, name, z)
     rows = {"real masks": 2 * x["mask"][:10] - 1, "real": x["image"][:10]}
-    for label, parts in made.items():
-        rows[label] = parts["image"][:10]
-    save_grid(path, rows)
-    return made
+    rows.update({label: y["image"][:10] for label, y in generated.items()})
+    dm.save_grid(path, rows)
+    return generated
 
 
-def pictures_table(judge, made, real):
-    """judged, and the coherence of what draw made: F1 of the mask and attributes that the judge
-    sees in a picture, against those to agree with it."""
-    table = judged(judge, {label: parts["image"] for label, parts in made.items()}, real)
-    for label, parts in made.items():
-        seen = features(judge, parts["image"])
-        for name in OTHERS:
-            if name in parts:
-                score = f1_score(sample(judge.decoders[name], seen), parts[name])
-                table[label][f"coherence, {name}"] = score
-    return table
+def evaluate(evaluator, generated, real):
+    """Return evaluate_images with coherence: the F1 of the mask and attributes that the evaluator
+    predicts for a generated image, against those that it should agree with."""
+    def coherence(features, x):
+        return {f"coherence_{name}": f1_score(sample(evaluator.decoders, name, features), x[name])
+                for name in NON_IMAGE if name in x}
+
+    return dm.evaluate_images(evaluator, generated, real, coherence)
 
 
 def run(s):
-    """Data, both stages of training, samples.png, the tables in results.json."""
-    judge = None
-    if s.judge:
-        check_judge(s)
-        judge, _ = load(s.judge, s.device)
+    """Train the model and its prior; save samples.png and results.json."""
+    evaluator, _ = dm.load_evaluator(s, load) if s.evaluator else (None, None)
     torch.manual_seed(s.seed)
     model, prior = build(s)
-    data = on_device(read_faces(s.data, s.size) if s.data else draw_faces(s.size), s)
-    test = data["test"]
+    data = read_faces(s.data, s.image_size) if s.data else synthetic_faces(s.image_size)
+    data = {split: {k: x.to(s.device) for k, x in part.items()} for split, part in data.items()}
+    train, test = data["train"], data["test"]
 
-    def preview(averaged):
+    def preview(ema_model):
         if s.decoder != "none":
-            draw(Path(s.out) / "preview.png", averaged, get_batch(test, slice(6)))
+            generate(Path(s.out) / "preview.png", ema_model, get_batch(test, slice(6)))
 
-    model, prior, seconds = train(s, data, model, prior, get_batch, preview)
-    torch.manual_seed(s.seed)
-    results = {"seconds": seconds, "tables": {"F1 given": table3(model, data["train"], test)}}
-    if s.is_bound:
-        results["tables"]["Eq. 5"] = nats(model, test, get_batch)
+    model = dm.train_model(s, data, model, get_batch, preview)
     if prior is not None:
-        x = get_batch(test, slice(s.measured if s.judge else 10))
-        as_many = slice(len(x["image"]))
-        training = get_batch(data["train"], as_many)
-        made = draw(Path(s.out) / "samples.png", model, x, prior, training)
-    if judge is not None:
-        others = {"drawn anew": get_batch(data["anew"], as_many)} if "anew" in data else {}
-        table = pictures_table(judge, {**others, **made}, get_batch(test)["image"])
-        results["tables"]["pictures given"] = table
-    save_results(s, results)
+        prior = dm.train_prior(s, train, model, prior, get_batch)
+    torch.manual_seed(s.seed)
+    tables = {"f1": table3(model, train, test)}
+    if s.is_bound:
+        tables["elbo"] = dm.evaluate_elbo(model, test, get_batch)
+    if prior is not None:
+        first = slice(s.num_samples if evaluator else 10)
+        x, training = get_batch(test, first), get_batch(train, slice(len(test["image"][first])))
+        generated = generate(Path(s.out) / "samples.png", model, x, prior, training)
+        if evaluator is not None:
+            if "fresh" in data:
+                generated["fresh"] = get_batch(data["fresh"], first)
+            tables["images"] = evaluate(evaluator, generated, get_batch(test)["image"])
+    dm.save_results(s, tables)
 
 
 if __name__ == "__main__":
-    main(run, Settings, __doc__)
+    dm.main(run, Settings, __doc__)
