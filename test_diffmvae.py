@@ -92,16 +92,6 @@ def test_product_is_the_normalized_product_of_densities(seed, m):
 
 
 @given(seeds)
-def test_product_ignores_order_and_grouping(seed):
-    mu, logvar = gaussians(seed, 2, 4, 3)
-    whole = dm.product_of_experts(mu, logvar)
-    order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
-    assert_close(dm.product_of_experts(mu[:, order], logvar[:, order]), whole)
-    halves = (dm.product_of_experts(mu[:, i], logvar[:, i]) for i in (slice(0, 1), slice(1, 4)))
-    assert_close(dm.product_of_experts(*(torch.stack(x, dim=1) for x in zip(*halves))), whole)
-
-
-@given(seeds)
 def test_product_with_masks_is_the_product_of_present_experts(seed):
     mu, logvar = gaussians(seed, 7, 3, 5)
     present = dm.subsets(3)
@@ -293,25 +283,6 @@ def test_euler_maruyama_follows_its_recursion(steps, sde):
     assert out.var().item() == approx(V, rel=5 * (2 / n) ** 0.5 + 1e-3)
 
 
-@pytest.mark.parametrize("sampler", [dm.ddim, partial(dm.ddim, eta=1.0), dm.euler_maruyama])
-def test_samplers_give_each_mode_its_share(sampler):
-    """¼ N(−2, 0.1²) + ¾ N(1, 0.2²)."""
-    sde = dm.VPSDE()
-    weight, mean, var = torch.tensor([[0.25, 0.75], [-2.0, 1.0], [0.01, 0.04]])
-
-    def eps(x, t):
-        a, s = sde.alpha(t), sde.sigma(t)
-        v = a**2 * var + s**2
-        log_share = weight.log() - 0.5 * v.log() - 0.5 * (x[:, None] - a * mean) ** 2 / v
-        return s * (log_share.softmax(1) * (x[:, None] - a * mean) / v).sum(1)
-
-    x = sampler(eps, torch.randn(20_000), sde, 200)
-    left = x < -0.5
-    assert left.float().mean().item() == approx(0.25, abs=0.02)
-    assert x[left].mean().item() == approx(-2, abs=0.02)
-    assert x[~left].std().item() == approx(0.2, abs=0.02)
-
-
 # ---- 4  The score-matching bound -----------------------------------------------------------------
 
 def denoiser(eps):
@@ -466,33 +437,25 @@ def test_each_weighting_has_its_own_sampler():
         calls.append(z)
         return gaussian_eps(z, 0.01)(x, z, alpha, sigma)
 
-    weightings = ("simple", "v_mse", "likelihood")
-    simple, v_mse, bound = (diffusion(eps, (1,), sde, name) for name in weightings)
+    def sampled(weighting, num_steps=None, eta=None, **options):
+        torch.manual_seed(1)
+        calls.clear()
+        model = dm.Diffusion(denoiser(eps), (1,), sde, weighting, num_steps, eta)
+        return model.sample(z, noise=noise, **options), len(calls)
+
     z, noise = torch.tensor([[-1.0], [2.0]], requires_grad=True), torch.randn(2, 1)
-    sampled = simple.sample(z, noise=noise, sampler=dm.ddim)
-    assert len(calls) == 50 and calls[0] is z
-    assert_close(sampled, z, atol=0.4, rtol=0)
-    assert torch.equal(v_mse.sample(z, noise=noise, sampler=dm.ddim), sampled)
-    eta_0 = dm.Diffusion(simple.net, (1,), sde, "simple", eta=0.0)
-    assert torch.equal(eta_0.sample(z, noise=noise), sampled)
-    torch.manual_seed(1)
-    eta_1 = simple.sample(z, noise=noise)  # the default
-    torch.manual_seed(1)
-    sampler = partial(dm.ddim, eta=1.0)
-    assert torch.equal(v_mse.sample(z, noise=noise, sampler=sampler), eta_1)
-    calls.clear()
-    random = bound.sample(z)
-    assert random.shape == (2, 1) and not random.requires_grad and len(calls) == 100
-    assert not torch.equal(bound.sample(z, noise=noise), bound.sample(z, noise=noise))
-    calls.clear()
-    quick = bound.sample(z, noise=noise, sampler=dm.ddim, num_steps=3)
-    assert len(calls) == 3 and not quick.requires_grad
-    assert_close(quick, eta_0.sample(z, noise=noise, num_steps=3))
-    calls.clear()
-    dm.Diffusion(simple.net, (1,), sde, "simple", num_steps=7).sample(z)
-    assert len(calls) == 7
+    ddim = lambda eta, n: dict(sampler=partial(dm.ddim, eta=eta), num_steps=n)
+    for weighting in ("simple", "v_mse"):
+        image, n = sampled(weighting)
+        assert n == 50 and calls[0] is z and not image.requires_grad
+        assert_close(image, z, atol=0.4, rtol=0)
+        assert torch.equal(image, sampled("likelihood", **ddim(1.0, 50))[0])
+        image, n = sampled(weighting, num_steps=7, eta=0.5)
+        assert n == 7 and torch.equal(image, sampled("likelihood", **ddim(0.5, 7))[0])
+    image, n = sampled("likelihood")
+    assert n == 100 and torch.equal(image, sampled("simple", 100, sampler=dm.euler_maruyama)[0])
     with refused("likelihood.*simple"):
-        diffusion(eps, (1,), sde, "uniform")
+        sampled("uniform")
 
 
 # ---- 5  The multimodal ELBO ----------------------------------------------------------------------
@@ -675,14 +638,6 @@ def test_one_subset_per_example_is_unbiased_and_every_subset_exact(monkeypatch):
     assert_close(model.elbo(x).log_prob["a"], each.mean(0))
 
 
-def test_subsets_are_sampled_for_each_example_and_evenly():
-    model = dm.DiffMVAE(LinearGaussian(seed=4).wrong_experts(certain=True), {"a": FirstOf()})
-    x = {k: torch.randn(70, n, dtype=torch.float64) for k, n in SIZES.items()}
-    each = torch.stack([model.elbo(x, A=A).log_prob["a"] for A in model.subsets])  # (S, B)
-    sampled = (each - model.elbo(x).log_prob["a"]).abs().argmin(0)
-    assert sampled.bincount().tolist() == [10] * 7 and sampled[:20].unique().numel() > 3
-
-
 def test_every_subset_decodes_each_example_against_itself():
     world = LinearGaussian(seed=5)
     model = dm.DiffMVAE(world.wrong_experts(certain=True), world.decoders())
@@ -767,20 +722,6 @@ def test_any_subset_generates_everything(quick):
         model.elbo(x, A=torch.zeros(3, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("weighting", ["likelihood", "v_mse"])
-def test_everything_works_in_float64(quick, weighting):
-    model, prior = celeba.build(tiny(weighting=weighting))
-    nudge(model)
-    model.double()
-    prior.double()
-    x = {name: value.double() for name, value in tiny_batch().items()}
-    prior.standardize(*model.posterior(x))
-    made = model.decode(prior.sample(2))
-    terms = [*model.elbo(x).terms().values(), prior.log_prob(torch.randn(4, 16).double())]
-    assert all(value.dtype == torch.float64 for value in [*made.values(), *terms])
-    assert all(value.isfinite().all() for value in [*made.values(), *terms])
-
-
 def test_an_empty_subset_with_the_prior_expert_is_the_prior():
     world = LinearGaussian()
     model = dm.DiffMVAE(world.experts(True), world.decoders(), prior_expert=True)
@@ -836,22 +777,13 @@ def test_targets_outside_the_support_are_refused(likelihood, good, bad):
         decoder.check_support(torch.tensor([good, bad]), z)
 
 
-@pytest.mark.parametrize("inside", [0, 1, 2])
-def test_a_categorical_is_refused_before_training_and_one_hot_works(inside):
-    """A Categorical may hide inside one or two Independent."""
+def test_a_categorical_is_refused_and_a_one_hot_categorical_works():
     z, x = torch.zeros(2, 3), torch.eye(3)[:2]
-
-    def likelihood(logits):
-        p = Categorical(logits=logits[None, None])
-        for _ in range(inside):
-            p = Independent(p, 1)
-        return p
-
-    decoder = dm.FeedForwardDecoder(nn.Identity(), likelihood)
-    for use in (lambda: decoder.log_prob(x.argmax(1), z), lambda: decoder.sample(z)):
+    hidden = lambda logits: Independent(Categorical(logits=logits[None]), 1)
+    for likelihood in (lambda logits: Categorical(logits=logits), hidden):
         with refused("use one-hot x"):
-            use()
-    decoder.likelihood = lambda logits: OneHotCategorical(logits=logits)
+            dm.FeedForwardDecoder(nn.Identity(), likelihood).log_prob(x.argmax(1), z)
+    decoder = dm.FeedForwardDecoder(nn.Identity(), one_hot)
     assert_close(decoder.log_prob(x, z), torch.full((2,), -math.log(3)))
     assert_close(decoder.sample(z), torch.full((2, 3), 1 / 3))
 
@@ -887,26 +819,6 @@ def test_latent_prior_standardizes_by_the_law_of_total_variance():
     assert_close(prior.std.double(), variance.sqrt())
 
 
-def test_latent_prior_learns_correlations(tmp_path):
-    """The scripts' own prior learns z = W f + noise, where f has four dimensions."""
-    s = celeba.Settings(out=tmp_path, latent_dim=36, prior_steps=300, device="cpu")
-    randn, (_, prior) = normals(0), celeba.build(s)
-    mu = (randn(2000, 4) @ randn(4, 36)).float()
-    logvar = torch.full_like(mu, math.log(0.3**2))
-    prior.standardize(mu, logvar)
-    terms = lambda i: {"surrogate": prior.log_prob(dm.sample_gaussian(mu[i], logvar[i]))}
-    correlations = lambda z: z.T.corrcoef()[~torch.eye(36, dtype=torch.bool)]
-    wanted = correlations(dm.sample_gaussian(mu, logvar))
-
-    def learned(prior):
-        """Return the share of these correlations in the samples of prior, by least squares."""
-        return ((correlations(prior.sample(1000)) @ wanted) / (wanted @ wanted)).item()
-
-    assert learned(prior) == approx(0, abs=0.05)  # untrained: N(0, I) of the right scale
-    ema_model = dm.fit(s, "prior", prior, lambda name: s.prior_lr, terms, len(mu), {})
-    assert learned(ema_model) == approx(1, abs=0.1)
-
-
 # ---- 7  Networks ---------------------------------------------------------------------------------
 
 UNETS = [
@@ -936,21 +848,6 @@ def test_unet(options):
         one = copy.deepcopy(net)
         getattr(one, dead).weight.data.zero_()
         assert not torch.allclose(one(x, ell, z + 1), one(x, ell, z))
-
-
-def test_residual_mlp():
-    net, x, ell = dm.ResidualMLP(5, 16, 2), torch.randn(2, 5), torch.tensor([-3.0, 2.0])
-    assert (net(x, ell) == 0).all()  # the exact denoiser of N(0, I)
-    nudge(net)
-    out = net(x, ell)
-    assert out.shape == x.shape
-    out.square().sum().backward()
-    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
-    assert not torch.allclose(net(x, ell + 1), out)
-    assert_close(net(x.flip(0), ell.flip(0)).flip(0), out)  # examples do not mix
-    for block in net.blocks:  # only the modulation depends on the log-SNR
-        nn.init.zeros_(block.modulation.weight)
-    assert_close(net(x, ell + 1), net(x, ell))
 
 
 @pytest.mark.parametrize("dims", [1, 2])
@@ -987,58 +884,24 @@ def test_attention_is_softmax_attention():
 
 def test_encoders_start_wide():
     text = cub.TextEncoder(tiny_bert(hidden_size=256), 100)
-    conv = dm.ConvEncoder(3, 16, 100, 8)
-    layers = [dm.Encoder(dm.mlp(5, 300, 200))[0][-1], conv[-1], text.linear]
+    layers = [dm.Encoder(dm.mlp(5, 300, 200))[0][-1], dm.ConvEncoder(3, 16, 100, 8)[-1], text.linear]
     model, _ = cub.build(cub.Settings(), cub.text_parts(cub.Settings(), TWO_BIRDS)[1], init=True)
     layers.append(model.encoders["caption"].linear)
     for last, factor in zip(layers, (8, 8, 8, 16)):
         means, logvars = last.weight.chunk(2)
         assert (means.std() / logvars.std()).item() == approx(factor, rel=0.05)
-    mu, logvar = conv(torch.randn(64, 3, 16, 16))
-    assert mu.std() > 4 * logvar.std()
 
 
 def test_group_norm_keeps_the_precision_of_its_input():
-    """Under autocast bfloat16 stays bfloat16; values and gradients are as exact as that allows."""
     layer, x = dm.GroupNorm(16), 3 * torch.randn(4, 16, 6, 6) + 1
     nudge(layer)
     assert torch.equal(layer(x), F.group_norm(x, 4, layer.weight, layer.bias, layer.eps))
-    x, towards = x.bfloat16(), torch.randn_like(x)
     with torch.autocast("cpu", torch.bfloat16):
-        out = layer(x)
+        out = layer(x.bfloat16())
     assert out.dtype == torch.bfloat16
-    gradients = torch.autograd.grad((out * towards).sum(), (layer.weight, layer.bias))
-    exact = copy.deepcopy(layer).double()
-    expected = exact(x.double())
-    assert_close(out.double(), expected, rtol=0.01, atol=0.02)
-    assert (out.double() - expected).abs().mean() < 0.004
-    wanted = torch.autograd.grad((expected * towards).sum(), (exact.weight, exact.bias))
-    for found, right in zip(gradients, wanted):
-        assert found.dtype == torch.float32
-        assert_close(found.double(), right, rtol=0.02, atol=0.2)
+    assert_close(out.float(), layer(x), rtol=0.01, atol=0.03)
     groups = {c: dm.GroupNorm(c).num_groups for c in (3, 8, 48, 96, 128, 1024)}
     assert groups == {3: 1, 8: 2, 48: 4, 96: 8, 128: 32, 1024: 32}
-
-
-def test_a_unet_keeps_no_float32_activations_for_its_backward_pass(monkeypatch):
-    """On CUDA, autocast would compute group norm in float32 and keep its input; this imitates it."""
-    original, kept = F.group_norm, []
-
-    def group_norm(x, *arguments, **options):
-        return original(x.float() if torch.is_autocast_enabled("cpu") else x, *arguments, **options)
-
-    def keep(x):
-        if x.dtype == torch.float32 and x.shape[-2:] in ((16, 16), (8, 8)):
-            kept.append(x)
-        return x
-
-    monkeypatch.setattr(F, "group_norm", group_norm)
-    net = dm.UNet(2, 3, 16, 8, (1, 2), num_heads=2, z_dim=4)
-    inputs = torch.randn(2, 3, 16, 16), torch.randn(2), torch.randn(2, 4)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        with torch.autocast("cpu", torch.bfloat16):
-            net(*inputs)
-    assert not kept
 
 
 # ---- 8  Variants ---------------------------------------------------------------------------------
@@ -1262,28 +1125,19 @@ def test_each_parameter_has_its_learning_rate_and_the_gradient_is_clipped(tmp_pa
 
 
 def test_every_parameter_is_trained(tmp_path, quick):
-    """A parameter of a subclass, outside encoders and decoders, has the VAE's learning rate."""
-    class Tempered(dm.DiffMVAE):
-        def __init__(self, *parts):
-            super().__init__(*parts)
-            self.temperature = nn.Parameter(torch.ones(()))
-
-        def elbo(self, x, **options):
-            elbo = super().elbo(x, **options)
-            elbo.kl = elbo.kl * self.temperature
-            return elbo
-
+    """Also one outside of encoders and decoders, with the learning rate of the VAE."""
     s = tiny(out=tmp_path, steps=1, vae_lr=0.5, diffusion_lr=0.25)
-    pair, data = celeba.build(s), celeba.synthetic_faces(16)
-    model = Tempered(pair[0].encoders, pair[0].decoders)
+    model, _ = celeba.build(s)
+    model.temperature = nn.Parameter(torch.ones(()))
+    divergence = model.divergence
+    model.divergence = lambda *gaussians: model.temperature * divergence(*gaussians)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    data = celeba.synthetic_faces(16)
     dm.train_model(s, data, model, celeba.get_batch, lambda ema_model: None)
-    moved = {name: (p - before[name]).abs().max().item() * 500  # the last step of the cooldown
-             for name, p in model.named_parameters()}
-    assert moved["temperature"] == approx(0.5, rel=0.01)
-    assert moved["encoders.mask.0.weight"] == approx(0.5, rel=0.01)
-    assert moved["decoders.attributes.net.0.weight"] == approx(0.5, rel=0.01)
-    assert moved["decoders.image.net.out.2.weight"] == approx(0.25, rel=0.01)
+    for name, rate in (("temperature", 0.5), ("encoders.mask.0.weight", 0.5),
+                       ("decoders.mask.net.0.weight", 0.5), ("decoders.image.net.out.2.weight", 0.25)):
+        moved = (model.get_parameter(name) - before[name]).abs().max().item()
+        assert moved * 500 == approx(rate, rel=0.01)  # in the last step of the cooldown
 
 
 def test_targets_are_checked_before_training(tmp_path, quick):
@@ -1296,26 +1150,22 @@ def test_targets_are_checked_before_training(tmp_path, quick):
 
 def test_history_holds_the_means_since_the_row_before(tmp_path, monkeypatch):
     monkeypatch.setattr(dm, "SAVE_INTERVAL", 25)
-    model, x, seen, values = nn.Linear(2, 1), torch.randn(20, 2), [], []
+    model, x, seen = nn.Linear(2, 1), torch.randn(20, 2), []
 
     def terms(i):
-        named = {"fit": -model(x[i])[:, 0].square(), "first": x[i, 0]}
-        seen.append({name: term.mean().item() for name, term in named.items()})
-        return named
+        seen.append(x[i, 0].mean().item())
+        return {"fit": -model(x[i])[:, 0].square(), "first": x[i, 0]}
 
     def on_checkpoint(ema_model):
         assert not ema_model.training and saved_in(tmp_path)["step"] == len(seen)
-        values.append(-ema_model(x).square().mean().item())
-        return {"test fit": values[-1]}
+        return {"test fit": len(seen)}
 
     toy_fit(model, terms, toy_settings(tmp_path, steps=50), on_checkpoint=on_checkpoint)
     rows = read_history(tmp_path)
     assert [row["step"] for row in rows] == [20, 25, 40, 50]
     for row, (start, end) in zip(rows, itertools.pairwise([0, 20, 25, 40, 50])):
-        for name in ("fit", "first"):
-            assert row[name] == approx(np.mean([step[name] for step in seen[start:end]]), rel=1e-4)
-        assert row["grad_norm"] > 0
-    assert [row.get("test fit") for row in rows] == [None, values[0], None, values[1]]
+        assert row["first"] == approx(np.mean(seen[start:end]), rel=1e-4) and row["grad_norm"] > 0
+    assert [row.get("test fit") for row in rows] == [None, 25, None, 50]
 
 
 def test_a_checkpoint_of_other_settings_data_or_model_is_refused(tmp_path):
@@ -1386,43 +1236,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monke
     with pytest.raises(OSError, match="no space left"):
         dm.save_atomically(tmp_path / "x.pt", {"step": 2})
     assert torch.load(tmp_path / "x.pt") == {"step": 1}
-
-
-SCRIPT = """
-import sys, diffmvae, train_celeba as celeba
-diffmvae.SAVE_INTERVAL = 15
-celeba.FACES = {"train": 40, "test": 12, "fresh": 12}
-diffmvae.main(celeba.run, celeba.Settings, celeba.__doc__)
-"""
-
-
-def start(out):
-    """Start a training in its own process."""
-    flags = f"""--out {out} --steps 60 --image-size 16 --latent-dim 16 --model-channels 8
-        --encoder-channels 8 --batch-size 2 --prior-steps 1 --sampling-steps 1 --device cpu""".split()
-    command = [sys.executable, "-c", SCRIPT, *flags]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
-
-
-def test_killed_twice_at_random_and_run_again(tmp_path):
-    """After kill -9 at any moment, the same command ends with the same weights."""
-    whole = start(tmp_path / "whole")
-    for saved in (15, 30):
-        process = start(tmp_path / "killed")
-        while not (tmp_path / "killed/model.pt").exists() or saved_in(tmp_path / "killed")["step"] < saved:
-            assert process.poll() is None
-            time.sleep(0.05)
-        time.sleep(np.random.default_rng(saved).uniform(0, 0.5))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    assert start(tmp_path / "killed").wait() == 0 and whole.wait() == 0
-    one, other = saved_in(tmp_path / "whole"), saved_in(tmp_path / "killed")
-    assert one["step"] == other["step"] == 60
-    for part in ("model", "ema"):
-        assert all(torch.equal(one[part][k], other[part][k]) for k in one[part])
-    moments = [state["optimizer"]["state"] for state in (one, other)]
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(*(m.values() for m in moments)) for k in a)
 
 
 # ---- 10  Using a model, metrics, figures ---------------------------------------------------------
@@ -1592,44 +1405,31 @@ def test_the_bound_has_no_eta():
 
 
 def test_paths_and_numpy_numbers_are_settings(tmp_path, quick):
-    s = tiny(out=tmp_path, steps=np.int64(3), vae_lr=np.float64(1e-3), ema_decay=np.float32(0.5),
-             channel_mult=(np.int64(1), 2), decoder="feedforward", seed=np.int64(1), beta=1)
-    types = [type(value) for value in (s.out, s.steps, s.vae_lr, s.ema_decay, s.seed, s.beta)]
-    assert types == [str, int, float, float, int, float] and s.channel_mult == [1, 2]
+    s = tiny(out=tmp_path, steps=np.int64(3), ema_decay=np.float32(0.5), channel_mult=(np.int64(1), 2))
+    types = [type(value) for value in (s.out, s.steps, s.ema_decay, *s.channel_mult)]
+    assert types == [str, int, float, int, int]
     celeba.run(s)
     assert celeba.Settings(**results_in(tmp_path)["settings"]) == s
     assert celeba.Settings(**saved_in(tmp_path)["settings"]) == s
-    celeba.load(tmp_path)
 
 
-def test_defaults_of_the_bound_and_of_the_surrogate():
+def test_defaults():
     def found(**options):
         s = celeba.Settings(**options)
-        return s.beta, s.log_prob_weight, s.objective, s.is_bound
+        return s.beta, s.log_prob_weight, s.sampling_steps, s.objective, s.is_bound
 
-    surrogate, bound = (0.01, 10, "surrogate", False), (1, 1, "ELBO", True)
+    surrogate, bound = (0.01, 10, 50, "surrogate", False), (1, 1, 100, "ELBO", True)
     assert found() == found(weighting="simple") == surrogate
-    assert found(weighting="likelihood") == found(decoder="feedforward") == bound
-    assert found(weighting="likelihood", beta=2.0) == (2, 1, "surrogate", True)
-    assert found(weighting="likelihood", log_prob_weight=3) == (1, 3, "surrogate", True)
-    assert found(weighting="likelihood", family="mvtcae") == (1, 1, "surrogate", False)
-    assert found(decoder="none", weighting="likelihood") == (0, 10, "surrogate", False)
-    assert found(decoder="none", beta=0.5) == (0.5, 10, "surrogate", False)
-    assert cub.Settings().log_prob_weight == 5
-    model, _ = celeba.build(tiny())
-    assert model.beta == 0.01 and model.log_prob_weights == {"attributes": 10}
-
-
-def test_presets_for_synthetic_real_and_small():
-    synthetic, real = celeba.Settings(), celeba.Settings(data="x", device="cuda")
-    assert (synthetic.image_size, synthetic.weighting, synthetic.compile) == (32, "v_mse", False)
+    assert found(weighting="likelihood") == bound
+    assert found(weighting="likelihood", beta=2.0) == (2, 1, 100, "surrogate", True)
+    assert found(decoder="feedforward", log_prob_weight=3) == (1, 3, 50, "surrogate", True)
+    assert found(weighting="likelihood", family="mvtcae") == (1, 1, 100, "surrogate", False)
+    assert found(decoder="none") == (0, 10, 50, "surrogate", False)
+    assert found(decoder="none", beta=0.5)[0] == 0.5 and cub.Settings().log_prob_weight == 5
+    real, small = celeba.Settings(data="x"), celeba.Settings(data="x", small=True, mirror=False)
     assert (real.image_size, real.weighting, real.compile, real.mirror) == (128, "simple", True, False)
-    faces, birds = (script.Settings(data="x", small=True) for script in (celeba, cub))
-    assert (faces.image_size, faces.channel_mult, faces.patch_size) == (64, [1, 2, 2], 2)
-    assert faces.mirror is True and faces.compile is False
-    assert (birds.image_size, birds.max_length, birds.text) == (32, 32, "small")
-    assert celeba.Settings(**{**vars_of(faces), "small": False}) == replace(faces, small=False)
-    assert celeba.Settings(data="x", small=True, image_size=32, mirror=False).mirror is False
+    assert (small.image_size, small.weighting, small.compile, small.mirror) == (64, "v_mse", False, False)
+    assert celeba.Settings(**vars_of(small)) == small
 
 
 def vars_of(s):
@@ -1657,15 +1457,9 @@ def test_mvtcae_is_built():
 def test_supervised_is_the_likelihood_of_mask_and_attributes_given_the_image():
     model, prior = celeba.build(tiny(decoder="none"))
     assert prior is None and set(model.encoders) == {"image"}
-    x = tiny_batch()
-    model.encoders["image"][-1].bias.data[16:] = -60  # q(z|image) is its mean
-    nudge(model.decoders)
-    elbo, (z, _) = model.elbo(x), model.posterior({"image": x["image"]})
-    p = {k: d.likelihood(d.net(z)) for k, d in model.decoders.items()}
-    expected = {k: p[k].log_prob(x[k]).flatten(1).sum(1) for k in ("mask", "attributes")}
-    assert_close(elbo.log_prob, expected)
-    assert_close(elbo.total, expected["mask"] + 10 * expected["attributes"])
-    assert elbo.kl.min() > 100
+    elbo = model.elbo(tiny_batch())
+    assert set(elbo.log_prob) == {"mask", "attributes"}
+    assert_close(elbo.total, elbo.log_prob["mask"] + 10 * elbo.log_prob["attributes"])
 
 
 def test_the_latent_priors_of_the_paper():
@@ -1677,28 +1471,16 @@ def test_the_latent_priors_of_the_paper():
             assert prior.sample(3).shape == (3, 16)
 
 
-def test_compiled_networks_learn_the_same_under_the_same_names(tmp_path, monkeypatch, quick):
-    original, compiled, ema_models = nn.Module.compile, [], []
-
-    def compile(module, **options):
-        compiled.append(module)
-        original(module, backend="eager", **options)
-
-    monkeypatch.setattr(nn.Module, "compile", compile)
-    data, states = celeba.synthetic_faces(16), []
-    for flag in (False, True):
-        s = tiny(out=tmp_path / str(flag), compile=flag)
-        torch.manual_seed(0)
-        model, _ = celeba.build(s)
-        dm.train_model(s, data, model, celeba.get_batch, ema_models.append)
-        states.append(saved_in(s.out))
+def test_networks_are_compiled_under_their_names(tmp_path, monkeypatch, quick):
+    compiled, ema_models = [], []
+    monkeypatch.setattr(nn.Module, "compile", lambda network, **options: compiled.append(network))
+    s = tiny(out=tmp_path, compile=True)
+    model, _ = celeba.build(s)
+    names = list(model.state_dict())
+    dm.train_model(s, celeba.synthetic_faces(16), model, celeba.get_batch, ema_models.append)
     kinds = [type(network) for network in compiled]  # not the MLPs of the attributes
     assert sorted(kinds, key=str) == [dm.ConvDecoder, dm.ConvEncoder, dm.ConvEncoder, dm.UNet]
-    assert all(network._compiled_call_impl is not None for network in compiled)
-    parts = [part for ema_model in ema_models for part in ema_model.modules()]
-    assert all(part._compiled_call_impl is None for part in parts)
-    for part in ("model", "ema"):
-        assert_close(states[0][part], states[1][part])
+    assert list(saved_in(tmp_path)["ema"]) == list(ema_models[0].state_dict()) == names
 
 
 def test_random_flip_mirrors_an_image_and_its_mask_together():
@@ -1715,23 +1497,19 @@ def test_random_flip_mirrors_an_image_and_its_mask_together():
 
 def test_training_batches_are_mirrored_and_the_test_objective_is_not(tmp_path, monkeypatch, quick):
     flipped, data, previews = [], celeba.synthetic_faces(16), []
-    data["test"] = {name: x[torch.arange(300) % 12] for name, x in data["test"].items()}
     monkeypatch.setattr(dm, "random_flip", lambda x: flipped.append(len(x["image"])) or x)
-    for mirror, batches in ((False, []), (True, [64, 64, 64])):
-        s = tiny(out=tmp_path / str(mirror), mirror=mirror, batch_size=64)
+    for mirror, batches in ((False, []), (True, [4, 4, 4])):
+        s = tiny(out=tmp_path / str(mirror), mirror=mirror)
         model, prior = celeba.build(s)
         model = dm.train_model(s, data, model, celeba.get_batch, previews.append)
         prior = dm.train_prior(s, data["train"], model, prior, celeba.get_batch)
         assert flipped == batches and previews.pop() is model
     mu, _ = model.posterior(celeba.get_batch(data["train"]))
     assert_close(prior.mean, mu.mean(0))
-    (row,) = read_history(s.out)
     torch.manual_seed(s.seed)
     with torch.no_grad():
-        total = model.elbo(celeba.get_batch(data["test"], slice(256))).total.mean().item()
-    assert row["test surrogate"] == approx(total, rel=1e-5) and row["surrogate"] != approx(total)
-    prior = Path(s.out, "prior.csv").read_text().splitlines()
-    assert prior[0] == "step,surrogate,grad_norm" and prior[1].startswith("2,")
+        total = model.elbo(celeba.get_batch(data["test"])).total.mean().item()
+    assert read_history(s.out)[0]["test surrogate"] == approx(total, rel=1e-5)
 
 
 def test_only_a_supervised_run_on_the_same_data_and_size_evaluates(tmp_path):
@@ -1784,13 +1562,6 @@ def test_a_prior_of_another_model_is_refused(tmp_path, quick):
         celeba.run(s)  # the model is finished, and not the one of this prior
 
 
-def test_results_hold_no_nan(tmp_path):
-    s, table = tiny(out=tmp_path), {"f1": {"image": {"mask": math.nan}}}
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        dm.save_results(s, table)
-    assert not any(tmp_path.iterdir())
-
-
 def test_tables_are_saved_and_printed(tmp_path, capsys):
     tables = {"images": {"mask + attributes": {"fd": 1.25}, "é": {"fd": 2, "coherence_mask": 0.5}}}
     dm.save_results(tiny(out=tmp_path), tables)
@@ -1798,6 +1569,8 @@ def test_tables_are_saved_and_printed(tmp_path, capsys):
     lines = ["", "| images | FD ↓ | coherence mask |", "|---|---|---|",
              "| mask + attributes | 1.250 |  |", "| é | 2.000 | 0.500 |"]
     assert capsys.readouterr().out.splitlines() == lines
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        dm.save_results(tiny(out=tmp_path), {"f1": {"image": {"mask": math.nan}}})
 
 
 def test_images_are_decoded_once(tmp_path, capsys):
@@ -2146,50 +1919,32 @@ def test_captions_survive_tokenization():
 TWO_BIRDS = ["a red bird", "a blue bird"] * 2  # each word at least twice, as a vocabulary needs
 
 
-def pretrained_like(*special, **names):
-    """Return a tokenizer of single characters, with special tokens that have these names."""
-    vocabulary = {word: k for k, word in enumerate([*special, *map(chr, range(32, 127))])}
+def pretrained_like(special):
+    """Return a tokenizer of single characters, with these special tokens."""
+    vocabulary = {word: k for k, word in enumerate([*special.values(), *map(chr, range(32, 127))])}
     base = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
     base.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return hf.PreTrainedTokenizerFast(tokenizer_object=base, **names)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=base, **special)
 
 
 @pytest.mark.parametrize("small", [True, False])
 def test_captions_end_and_text_like_a_special_token_is_text(small):
     captions = ["a <EOS> b <PAD> [SEP] c [PAD] d <BOS> e", "a bird " * 9, ""] * 2
-    names = dict(pad_token="<PAD>", bos_token="<BOS>", eos_token="<EOS>")
-    tokenizers = [
-        pretrained_like("[PAD]", "[CLS]", "[SEP]", pad_token="[PAD]", cls_token="[CLS]",
-                        sep_token="[SEP]"),
-        pretrained_like("<PAD>", "<BOS>", "<EOS>", **names),
-    ]
+    bert = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    gpt2 = dict(pad_token="<PAD>", bos_token="<BOS>", eos_token="<EOS>")
+    tokenizers = [pretrained_like(bert), pretrained_like(gpt2)]
     if small:
         tokenizers, _ = cub.text_parts(cub.Settings(), captions)
     for length in (80, 6):
         tokens = cub.tokenize(tokenizers, captions, length)  # (6, 2, length)
         for rows, words in zip(tokens.unbind(1), tokenizers):
-            begin, end = words.bos_token_id, words.eos_token_id
-            if begin is None:
-                begin, end = words.cls_token_id, words.sep_token_id
-            after = (rows == end).cumsum(1) - (rows == end).int() > 0
+            end = words.sep_token_id if words.eos_token_id is None else words.eos_token_id
             assert ((rows == end).sum(1) == 1).all()
-            assert torch.equal(rows == begin, torch.arange(length).expand(6, -1) == 0)
+            after = (rows == end).cumsum(1) - (rows == end).int() > 0
             assert torch.equal(rows == words.pad_token_id, after)
     texts = cub.detokenize(tokenizers, cub.tokenize(tokenizers, captions, 80)[:, 1])
     for one, other in zip(texts, captions):
         assert one.replace(" ", "").lower() == other.replace(" ", "").lower()
-
-
-def test_small_text_models_know_distances_from_the_start():
-    """The inner product of two position embeddings depends only on their distance."""
-    s = cub.Settings(decoder="feedforward")
-    model, _ = cub.build(s, cub.text_parts(s, TWO_BIRDS)[1], init=True)
-    bert = model.encoders["caption"].bert.embeddings.position_embeddings
-    for table in (bert.weight, model.decoders["caption"].gpt2.transformer.wpe.weight):
-        gram = (table[:40] @ table[:40].T).detach()
-        for k in range(40):
-            assert_close(gram.diagonal(k), gram[0, k].expand(40 - k), atol=1e-3, rtol=0)
-        assert gram[0, 1] < gram[0, 0] and gram[0, 8] < gram[0, 1]
 
 
 def test_optimus_weights_are_found_by_their_names(tmp_path):
@@ -2250,20 +2005,15 @@ def test_pretrained_text_starts_from_its_weights(local):
     assert decoder.gpt2.config.eos_token_id == tokenizers[1].eos_token_id
 
 
-def test_pretrained_models_that_lack_words_or_weights_are_refused(local, tmp_path):
+def test_pretrained_models_that_lack_words_or_weights_are_refused(local, monkeypatch):
     s = tiny(cub.Settings, **local)
     tokenizers, configs = cub.text_parts(s, TWO_BIRDS)
     s.bert = s.gpt2  # GPT-2's weights would leave BERT random
     with refused("gpt2 lacks weights, which would stay random"):
         cub.build(s, configs, init=True)
-    for path in Path(s.gpt2).glob("*token*"):
-        path.unlink()
-    with pytest.raises((dm.InputError, OSError, ValueError)):
-        cub.text_parts(s, TWO_BIRDS)
-    empty = Stub(from_pretrained=lambda name: hf.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel()), pad_token="<PAD>"))
-    with pytest.MonkeyPatch.context() as patch, refused("has no vocabulary"):
-        patch.setattr(hf, "AutoTokenizer", empty)
+    empty = hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel()), pad_token="P")
+    monkeypatch.setattr(hf, "AutoTokenizer", Stub(from_pretrained=lambda name: empty))
+    with refused("has no vocabulary"):
         cub.text_parts(s, TWO_BIRDS)
 
 
