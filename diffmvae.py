@@ -1307,8 +1307,8 @@ class Settings:
         before, now = {**state["settings"], **state["trained_on"]}, {**asdict(self), **trained_on}
         for name in sorted(now.keys() - self.may_differ):
             if before.get(name) != now[name] and not (stage == "model" and name[:6] == "prior_"):
-                raise InputError(f"{self.out}/{stage}.pt is of another run: {name} was "
-                                 f"{before.get(name)!r} and is {now[name]!r}. Choose another --out")
+                raise InputError(f"{self.out}/{stage}.pt is of another run, with {name} "
+                                 f"{before.get(name)!r} and not {now[name]!r}: choose another --out")
 
 
 def main(run, settings_class, description):

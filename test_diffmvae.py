@@ -13,15 +13,14 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from decimal import Decimal, getcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace as Stub
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -337,12 +336,11 @@ def test_bound_of_the_exact_denoiser_has_its_closed_form(sde, x, m, s2):
     assert got == approx(closed_form(f64(x), m, s2, sde).sum().item(), rel=1e-4, abs=2e-4)
 
 
-@pytest.mark.parametrize("m, s2", [(0.0, 1.0), (0.6, 0.2)])
-def test_bound_of_the_exact_denoiser_is_the_log_density(m, s2):
-    model = diffusion(gaussian_eps(m, s2), (1,), dm.VPSDE(t_min=1e-6))
-    for x in f64([[-1.0], [0.3], [2.0]]):
-        density = Normal(m, s2**0.5).log_prob(x).item()
-        assert exact_bound(model, x) == approx(density, abs=5e-3)
+@pytest.mark.parametrize("x", [-1.0, 0.3, 2.0])
+def test_bound_of_the_exact_denoiser_is_the_log_density(x):
+    model = diffusion(gaussian_eps(0.6, 0.2), (1,), dm.VPSDE(t_min=1e-6))
+    density = Normal(0.6, 0.2**0.5).log_prob(f64(x)).item()
+    assert exact_bound(model, f64([x])) == approx(density, abs=5e-3)
 
 
 @pytest.mark.parametrize("sde", SDES[:2])
@@ -653,13 +651,11 @@ def test_gradients_reach_z_through_both_kinds_of_decoder():
     mu, logvar = torch.randn(2, 2, 6, requires_grad=True).unbind()
     z = dm.sample_gaussian(mu, logvar)
     by_mu, by_logvar = torch.autograd.grad(z.sum(), (mu, logvar), retain_graph=True)
-    assert_close(by_mu, torch.ones(2, 6))
-    assert_close(by_logvar, 0.5 * (z - mu))
+    assert_close((by_mu, by_logvar), (torch.ones(2, 6), 0.5 * (z - mu)))
     image = dm.Diffusion(dm.UNet(2, 3, 8, 8, (1, 2), z_dim=6), (3, 8, 8))
     nudge(image)
-    model = dm.DiffMVAE({"a": nn.Identity()}, {})
     for decoder in (image, dm.FeedForwardDecoder(dm.ConvDecoder(3, 8, 6, 8), dm.CalibratedGaussian())):
-        term = model.reconstruction(decoder, torch.randn(2, 3, 8, 8), z[:, None], False)
+        term = decoder.log_prob(torch.randn(2, 3, 8, 8), z)
         assert torch.autograd.grad(term.sum(), z, retain_graph=True)[0].abs().min() > 0
 
 
@@ -756,8 +752,6 @@ def test_shapes_that_torch_would_broadcast_are_refused(one):
         message = f"x has shape {tuple(x.shape)}, but p(x|z) has {(4, *one)}"
         with refused(re.escape(message)):
             decoder.log_prob(x, z)
-    images = dm.FeedForwardDecoder(net, lambda p: Independent(dm.bernoulli(p), len(one)))
-    assert_close(images.log_prob(torch.ones(4, *one), z), decoder.log_prob(torch.ones(4, *one), z))
 
 
 def one_hot(logits):
@@ -852,22 +846,14 @@ def test_unet(options):
 
 @pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize("c_out", [4, 8])
-def test_blocks_are_their_formulas(dims, c_out):
-    """x + conv(silu((1 + s) GN(conv(silu(GN(x)))) + b)); the MLP has linear layers and LN."""
-    def by_hand(block, scale, shift):
-        h = (1 + scale) * block.norm2(block.conv1(F.silu(block.norm1(x)))) + shift
-        return block.skip(x) + block.conv2(F.silu(h))
-
+def test_residual_blocks_are_their_formula(dims, c_out):
+    """x + conv(silu((1 + s) GN(conv(silu(GN(x)))) + b))"""
     x, e = torch.randn(2, 4, *[5] * dims), torch.randn(2, 6)
-    block, plain = dm.ResBlock(dims, 4, c_out, embedding=6), dm.ResBlock(dims, 4, c_out)
-    mlp, h = dm.MLPBlock(4, 6), torch.randn(2, 4)
-    for part in (block, plain, mlp):
-        nudge(part)
+    block = dm.ResBlock(dims, 4, c_out, embedding=6)
+    nudge(block)
     scale, shift = block.modulation(e).view(2, 2, c_out, *[1] * dims).unbind(1)
-    assert_close(block(x, e), by_hand(block, scale, shift))
-    assert_close(plain(x), by_hand(plain, 0, 0))
-    scale, shift = mlp.modulation(e).view(2, 2, 4).unbind(1)
-    assert_close(mlp(h, e), h + mlp.linear(F.silu((1 + scale) * mlp.norm(h) + shift)))
+    h = (1 + scale) * block.norm2(block.conv1(F.silu(block.norm1(x)))) + shift
+    assert_close(block(x, e), block.skip(x) + block.conv2(F.silu(h)))
 
 
 def test_attention_is_softmax_attention():
@@ -966,28 +952,15 @@ def test_elbo_of_incomplete_examples(family, prior_expert, sigma_points):
         assert_close(mu[0], complete.posterior({only: world.x[only]})[0][0])
 
 
-@pytest.mark.parametrize("family", ["mopoe", "mvae", "mmvae"])
 @pytest.mark.parametrize("prior_expert", [False, True])
-def test_complete_examples_give_the_same_as_the_base_class(family, prior_expert, sigma_points):
-    world = LinearGaussian(seed=2)
-    parts = world.wrong_experts(), world.decoders(), family, 0.5, {"b": 10}, prior_expert
-    x, everywhere = world.batch(), {k: torch.ones(2 * DIM) > 0 for k in SIZES}
-    incomplete, complete = dm.IncompleteDiffMVAE(*parts), dm.DiffMVAE(*parts)
-    assert_close(incomplete.elbo(x, everywhere).terms(), complete.elbo(x).terms())
-    assert_close(incomplete.posterior(x, everywhere), complete.posterior(x))
-    one = {"b": x["b"]}
-    assert_close(incomplete.posterior(one, everywhere), complete.posterior(one))
-
-
-def test_an_example_without_observed_modality_is_refused():
+def test_an_example_without_observed_modality_is_refused(prior_expert):
     world = LinearGaussian()
     x, nowhere = world.batch(), {k: torch.arange(2 * DIM) != 1 for k in SIZES}
-    for prior_expert in (False, True):
-        model = dm.IncompleteDiffMVAE(world.experts(True), world.decoders(),
-                                      prior_expert=prior_expert)
-        for f in (model.elbo, model.posterior):
-            with refused("an example has no observed modality"):
-                f(x, nowhere)
+    parts = world.experts(True), world.decoders()
+    model = dm.IncompleteDiffMVAE(*parts, prior_expert=prior_expert)
+    for f in (model.elbo, model.posterior):
+        with refused("an example has no observed modality"):
+            f(x, nowhere)
     with refused("no encoder or decoder for ..labels..: there are"):
         model.elbo(x, {**nowhere, "labels": nowhere["a"]})
 
@@ -1107,9 +1080,8 @@ def test_ema_weights_are_the_moving_average(tmp_path):
 def test_the_statistics_of_batch_norm_reach_the_ema_model(tmp_path):
     model, x = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), torch.randn(20, 2) + 5
     ema_model = toy_fit(model, lambda i: {"fit": -model(x[i]).sum(1)}, toy_settings(tmp_path))
-    assert model[1].num_batches_tracked == 40 and not ema_model.training
-    for average, buffer in zip(ema_model.buffers(), model.buffers(), strict=True):
-        assert torch.equal(average, buffer)
+    assert not ema_model.training and model[1].num_batches_tracked == 40
+    assert torch.equal(ema_model[1].running_mean, model[1].running_mean)
 
 
 def test_each_parameter_has_its_learning_rate_and_the_gradient_is_clipped(tmp_path):
@@ -1169,21 +1141,24 @@ def test_history_holds_the_means_since_the_row_before(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_other_settings_data_or_model_is_refused(tmp_path):
-    toy(tmp_path, steps=2, trained_on={"data_checksum": "1"})
-    with refused("model.pt is of another run: seed was 0 and is 3. Choose another --out"):
-        toy(tmp_path, steps=2, seed=3, trained_on={"data_checksum": "1"})
-    with refused("data_checksum was '1' and is '2'"):
-        toy(tmp_path, steps=2, trained_on={"data_checksum": "2"})
-    for irrelevant in (dict(prior_steps=3), dict(num_samples=9), dict(eta=0.5)):
-        toy(tmp_path, steps=2, trained_on={"data_checksum": "1"}, **irrelevant)
-    model, s = nn.Linear(2, 1), toy_settings(tmp_path, prior_steps=2)
+    model = nn.Linear(2, 1)
     terms = lambda i: {"fit": model(torch.ones(4, 2))[:, 0]}
-    toy_fit(model, terms, s, stage="prior", trained_on={"model_checksum": "1"})
-    with refused("prior.pt is of another run: model_checksum was '1' and is '2'"):
-        toy_fit(model, terms, s, stage="prior", trained_on={"model_checksum": "2"})
-    with refused("prior_steps was 2 and is 3"):
-        s = replace(s, prior_steps=3)
-        toy_fit(model, terms, s, stage="prior", trained_on={"model_checksum": "1"})
+
+    def run(stage, trained_on=1, **changes):
+        s = toy_settings(tmp_path, **dict(steps=2, prior_steps=2) | changes)
+        toy_fit(model, terms, s, stage=stage, trained_on={"checksum": trained_on})
+
+    for stage in ("model", "prior"):
+        run(stage)
+        for irrelevant in (dict(num_samples=9), dict(eta=0.5), dict(evaluator="x")):
+            run(stage, **irrelevant)
+        with refused(f"{stage}.pt is of another run, with seed 0 and not 3: choose another --out"):
+            run(stage, seed=3)
+        with refused("with checksum 1 and not 2"):
+            run(stage, trained_on=2)
+    run("model", prior_steps=3)
+    with refused("with prior_steps 2 and not 3"):
+        run("prior", prior_steps=3)
 
 
 class Malicious:
@@ -1198,7 +1173,8 @@ class Malicious:
 
 def test_code_in_a_checkpoint_is_not_executed(tmp_path):
     torch.save(Malicious(tmp_path / "executed"), tmp_path / "model.pt")
-    for use in (lambda: toy(tmp_path), lambda: celeba.load(tmp_path)):
+    optimus = lambda: cub.load_optimus(tmp_path / "model.pt", None, None)
+    for use in (lambda: toy(tmp_path), lambda: celeba.load(tmp_path), optimus):
         with pytest.raises(Exception, match="Weights only load failed"):
             use()
     assert not (tmp_path / "executed").exists()
@@ -1263,25 +1239,14 @@ def test_frechet_distance_of_two_gaussians(seed):
     assert dm.frechet_distance(a, a) == approx(0, abs=1e-6)
 
 
-def median_by_hand(images):
-    """Return the median of the 3 × 3 neighborhood of each pixel, with edges repeated."""
-    padded = np.pad(images.numpy(), [(0, 0), (0, 0), (1, 1), (1, 1)], "edge")
-    height, width = images.shape[2:]
-    shifts = [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return torch.tensor(np.sort(np.stack(shifts), axis=0)[4])
-
-
 def test_sharpness_is_the_energy_of_the_gradient_after_a_median():
-    images = torch.rand(300, 3, 4, 6) - 0.5
-    smooth = median_by_hand(images)
-    expected = smooth.diff(dim=2).square().mean() + smooth.diff(dim=3).square().mean()
-    assert dm.sharpness(images) == approx(expected.item())
-    edges = torch.zeros(200, 3, 8, 8)
-    edges[..., 4:] = 0.8
+    edges = torch.zeros(300, 3, 8, 6)
+    edges[:150, ..., 3:] = 0.8  # one of five differences in each row
+    edges[150:, :, 4:] = 0.4  # one of seven differences in each column
     speckled = edges.clone()
-    speckled[:, :, 2::4, 2::4] += 0.2  # single pixels
-    assert dm.sharpness(speckled) == approx(dm.sharpness(edges)) == approx(0.64 / 7)
-    assert dm.sharpness(edges.mT) == approx(dm.sharpness(edges))
+    speckled[:, :, 1::4, 1::4] += 0.2  # single pixels
+    expected = (0.64 / 5 + 0.16 / 7) / 2
+    assert dm.sharpness(speckled) == approx(expected) == approx(dm.sharpness(edges))
 
 
 def test_images_are_evaluated_by_hand():
@@ -1305,32 +1270,26 @@ def test_images_are_evaluated_by_hand():
 
 def test_save_grid(tmp_path):
     images = torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 0.0, 1.0)])
-    dm.save_grid(tmp_path / "grid.png", {"a row": images, "another": images[:2, :1]})
-    grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert grid.shape[0] == 2 * 66 and {0, 128, 255} <= set(np.unique(grid[:64, -190:]).tolist())
-    second = grid[66:130, -198:]
-    assert (second[:, :64] == 0).all() and (second[:, 66:130] == 128).all()
-    dm.save_grid(tmp_path / "grid.png", {"a row": images}, {"a row": ["one", "two lines", ""]})
-    below = np.asarray(Image.open(tmp_path / "grid.png"))[64:, -198:]
-    assert below.shape[0] == 2 + 12 and below.min() < 100  # the captions
+    rows, captions = {"one": images, "two": images[:2, :1]}, {"two": ["", "two lines of text"]}
+    for path, texts, lines in (("a.png", {}, 0), ("b.png", captions, 2)):
+        dm.save_grid(tmp_path / path, rows, texts)
+        second = np.asarray(Image.open(tmp_path / path))[66 + 12 * lines:, -198:]
+        assert len(second) == 66 + 12 * lines and (second[64:, 66:130] < 128).any() == (lines > 0)
+        assert (second[:64, :64] == 0).all() and (second[:64, 66:130] == 128).all()
 
 
 def test_save_history(tmp_path):
     """A rising curve goes from bottom left to top right of its panel; the test set is red."""
     history = [{"step": k, "up": float(k), "flat": 1.0} for k in range(1, 101)]
-    history[0]["up"] = -1e6  # at the start, outside the panel's range
-    for k in (49, 99):
-        history[k]["test up"] = 50.0
+    history[0]["up"], history[99]["test up"] = -1e6, 50.0  # at first outside the panel's range
+    history[49]["test up"] = 50.0
     dm.save_history(tmp_path / "x.pt", history)
     assert (tmp_path / "x.csv").read_text().splitlines()[50] == "50,50.0,1.0,50.0"
-    picture = np.asarray(Image.open(tmp_path / "x.png")).astype(int)
-    assert picture.shape == (240, 600, 3)
-    panel = picture[20:118]
+    panel = np.asarray(Image.open(tmp_path / "x.png")).astype(int)[20:118]
     row, column = np.nonzero(panel.sum(-1) == 0)  # black
     assert row[column < 60].min() > 80 and row[column > 570].max() < 15
-    red_row, red_column = np.nonzero((panel[..., 0] > 200) & (panel[..., 1] < 50))
-    assert red_column.min() == 295 and red_column.max() == 590  # steps 50 and 100 of 100
-    assert abs(np.median(red_row) - 55) < 5  # 50 lies in the middle between 11 and 100
+    row, column = np.nonzero((panel[..., 0] > 200) & (panel[..., 1] < 50))
+    assert (column.min(), column.max()) == (295, 590) and abs(np.median(row) - 55) < 5
 
 
 def test_evaluate_elbo_where_the_evidence_is_known():
@@ -1355,17 +1314,11 @@ def test_evaluate_elbo_where_the_evidence_is_known():
     (KeyboardInterrupt(), 130, "Stopped. The same command continues from the last checkpoint."),
 ])
 def test_main_ends_with_one_line(monkeypatch, capsys, problem, status, message):
-    def run(s):
-        raise problem
-
     monkeypatch.setattr(sys, "argv", ["here/script.py", "--device", "cpu"])
     with pytest.raises(SystemExit) as ended:
-        dm.main(run, celeba.Settings, "")
+        dm.main(Mock(side_effect=problem), celeba.Settings, "")
     assert ended.value.code == status
     assert re.fullmatch(message + "\n", capsys.readouterr().err)
-    problem = RuntimeError("a mistake in the code")
-    with pytest.raises(RuntimeError, match="a mistake"):
-        dm.main(run, celeba.Settings, "")
 
 
 def test_the_command_line_gives_settings(monkeypatch, capsys):
@@ -1393,15 +1346,13 @@ def test_nonsense_is_refused(name, value, message):
 
 
 def test_the_bound_has_no_eta():
-    assert celeba.Settings(weighting="likelihood").eta is None
     with refused("--weighting likelihood does not sample by DDIM: leave out --eta"):
         celeba.Settings(weighting="likelihood", eta=0.5)
-    bound, surrogate = (celeba.build(tiny(weighting=name)) for name in ("likelihood", "simple"))
-    assert bound[0].decoders["image"].sampler is dm.euler_maruyama
-    for part in (surrogate[0].decoders["image"], surrogate[1], bound[1]):
-        assert part.sampler.func is dm.ddim and part.sampler.keywords == {"eta": 1.0}
-    model, prior = celeba.build(tiny(eta=0.25))
-    assert model.decoders["image"].sampler.keywords == prior.sampler.keywords == {"eta": 0.25}
+    for options, eta in ((dict(weighting="likelihood"), 1.0), ({}, 1.0), (dict(eta=0.25), 0.25)):
+        model, prior = celeba.build(tiny(**options))
+        ddim = [prior.sampler] + [model.decoders["image"].sampler] * ("weighting" not in options)
+        assert [(s.func, s.keywords["eta"]) for s in ddim] == [(dm.ddim, eta)] * len(ddim)
+    assert celeba.build(tiny(weighting="likelihood"))[0].decoders["image"].sampler is dm.euler_maruyama
 
 
 def test_paths_and_numpy_numbers_are_settings(tmp_path, quick):
@@ -1440,35 +1391,11 @@ def test_the_unet_attends_where_it_is_told():
     for resolutions, expected in (([], []), ([16], [32] * 5), ([8], [64] * 5)):  # 2 down, 3 up
         model, _ = celeba.build(celeba.Settings(attention_resolutions=resolutions))
         unet = model.decoders["image"].net
-        blocks = [layer for layer in [*unet.down, *unet.up] if isinstance(layer, dm.ResBlock)]
-        attending = [b for b in blocks if isinstance(b.attention, dm.Attention)]
-        assert [b.conv1.out_channels for b in attending] == expected
+        attending = [block for block in [*unet.down, *unet.up]
+                     if isinstance(getattr(block, "attention", None), dm.Attention)]
+        assert [block.conv1.out_channels for block in attending] == expected
     with pytest.raises(ValueError, match="5 is not in list"):
         celeba.build(celeba.Settings(attention_resolutions=[5]))
-
-
-def test_mvtcae_is_built():
-    model, _ = celeba.build(tiny(family="mvtcae"))
-    assert type(model) is dm.MVTCAE and (model.alpha, model.beta) == (0.9, 0.01)
-    weights = {"image": 2.1 / 3, "mask": 2.1 / 3, "attributes": 10 * 2.1 / 3}
-    assert model.log_prob_weights == approx(weights)
-
-
-def test_supervised_is_the_likelihood_of_mask_and_attributes_given_the_image():
-    model, prior = celeba.build(tiny(decoder="none"))
-    assert prior is None and set(model.encoders) == {"image"}
-    elbo = model.elbo(tiny_batch())
-    assert set(elbo.log_prob) == {"mask", "attributes"}
-    assert_close(elbo.total, elbo.log_prob["mask"] + 10 * elbo.log_prob["attributes"])
-
-
-def test_the_latent_priors_of_the_paper():
-    birds = lambda s: cub.build(s, cub.text_parts(cub.Settings(), TWO_BIRDS)[1])
-    for script, build, shape in ((celeba, celeba.build, (1, 4, 4)), (cub, birds, (1, 16))):
-        for net, kind, expected in (("unet", dm.UNet, shape), ("mlp", dm.ResidualMLP, (16,))):
-            _, prior = build(tiny(script.Settings, prior_net=net))
-            assert type(prior.net) is kind and prior.shape == expected
-            assert prior.sample(3).shape == (3, 16)
 
 
 def test_networks_are_compiled_under_their_names(tmp_path, monkeypatch, quick):
@@ -1500,52 +1427,39 @@ def test_training_batches_are_mirrored_and_the_test_objective_is_not(tmp_path, m
     monkeypatch.setattr(dm, "random_flip", lambda x: flipped.append(len(x["image"])) or x)
     for mirror, batches in ((False, []), (True, [4, 4, 4])):
         s = tiny(out=tmp_path / str(mirror), mirror=mirror)
-        model, prior = celeba.build(s)
-        model = dm.train_model(s, data, model, celeba.get_batch, previews.append)
-        prior = dm.train_prior(s, data["train"], model, prior, celeba.get_batch)
+        model = dm.train_model(s, data, celeba.build(s)[0], celeba.get_batch, previews.append)
         assert flipped == batches and previews.pop() is model
-    mu, _ = model.posterior(celeba.get_batch(data["train"]))
-    assert_close(prior.mean, mu.mean(0))
     torch.manual_seed(s.seed)
     with torch.no_grad():
         total = model.elbo(celeba.get_batch(data["test"])).total.mean().item()
     assert read_history(s.out)[0]["test surrogate"] == approx(total, rel=1e-5)
 
 
-def test_only_a_supervised_run_on_the_same_data_and_size_evaluates(tmp_path):
-    load = lambda out, device: out
-    for decoder in ("none", "diffusion"):
-        s = tiny(decoder=decoder)
-        (tmp_path / decoder).mkdir()
-        dm.save_atomically(tmp_path / decoder / "model.pt", {"settings": vars_of(s)})
-    fits = tiny(evaluator=tmp_path / "none")
-    assert dm.load_evaluator(fits, load) == str(tmp_path / "none")
-    for options in (dict(evaluator="diffusion"), dict(image_size=32), dict(data="real")):
-        options = {"evaluator": "none", **options}
-        options["evaluator"] = tmp_path / options["evaluator"]
-        with refused("is not a run of --decoder none with this data and size"):
-            dm.load_evaluator(tiny(**options), load)
+@pytest.mark.parametrize("options", [dict(decoder="diffusion"), dict(image_size=32), dict(data="x")])
+def test_only_a_supervised_run_on_the_same_data_and_size_evaluates(tmp_path, options):
+    s = tiny(evaluator=tmp_path)
+    for run, refusal in (({}, False), (options, True)):
+        dm.save_atomically(tmp_path / "model.pt", {"settings": vars_of(tiny(**{"decoder": "none"} | run))})
+        if refusal:
+            with refused("is not a run of --decoder none with this data and size"):
+                dm.load_evaluator(s, None)
+        else:
+            assert dm.load_evaluator(s, lambda out, device: out) == str(tmp_path)
 
 
-def test_a_loaded_run_is_finished_and_of_one_piece(tmp_path, quick):
-    s = tiny(out=tmp_path, sampling_steps=3, eta=0.5)
-    celeba.run(s)
+def test_a_loaded_run_is_finished_and_samples_as_before(tmp_path, quick):
+    celeba.run(tiny(out=tmp_path, sampling_steps=3, eta=0.5))
     before = torch.get_rng_state()
     model, prior = celeba.load(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not any(p.requires_grad for p in (*model.parameters(), *prior.parameters()))
-    assert not model.training and not prior.training
-    image = model.decoders["image"]  # remembers how the run samples
+    image = model.decoders["image"]
     assert image.num_steps == 3 and image.sampler.keywords == {"eta": 0.5}
     for part, stage in ((model, "model"), (prior, "prior")):
+        assert not part.training and not any(p.requires_grad for p in part.parameters())
         ema = saved_in(tmp_path, stage)["ema"]
         assert all(torch.equal(value, ema[k]) for k, value in part.state_dict().items())
-    state = saved_in(tmp_path, "prior")
-    torch.save({**state, "finished": False}, tmp_path / "prior.pt")
+    torch.save({**saved_in(tmp_path, "prior"), "finished": False}, tmp_path / "prior.pt")
     with refused("is not finished: repeat its command"):
-        celeba.load(tmp_path)
-    (tmp_path / "prior.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="prior.pt"):
         celeba.load(tmp_path)
 
 
@@ -1558,7 +1472,7 @@ def test_a_prior_of_another_model_is_refused(tmp_path, quick):
     torch.save({**state, "ema": {**state["ema"], name: value + 1e-6}}, tmp_path / "model.pt")
     with refused("prior.pt was trained on another model than model.pt"):
         celeba.load(tmp_path)
-    with refused("prior.pt is of another run: model_checksum was '.{8}' and is '.{8}'"):
+    with refused("prior.pt is of another run, with model_checksum '.{8}' and not '.{8}'"):
         celeba.run(s)  # the model is finished, and not the one of this prior
 
 
@@ -1635,16 +1549,6 @@ def test_the_mask_is_everything_but_skin_and_background(seed):
     assert len(outside) <= 2 and mask.any()
     pale, pale_mask = face(128, seed, **a | {"Pale_Skin": not a["Pale_Skin"]})
     assert (mask == pale_mask).all() and (image != pale).any()
-
-
-def test_sampled_attributes_are_plausible_and_all_occur():
-    rng = np.random.default_rng(0)
-    sampled = [celeba.sample_attributes(rng) for _ in range(500)]
-    for a in sampled:
-        assert sum(a[name] for name in celeba.HAIR) <= 1
-        assert not (a["Bald"] and (a["Wavy_Hair"] or a["Bangs"] or a["Wearing_Hat"]))
-        assert list(a) == celeba.ATTRIBUTES
-    assert all(0.02 < np.mean([a[name] for a in sampled]) < 0.7 for name in celeba.ATTRIBUTES)
 
 
 def test_synthetic_faces_are_the_same_in_every_run(quick):
@@ -1735,32 +1639,16 @@ def test_table3_never_sees_its_target():
 
     x = {"image": torch.zeros(3, 3, 2, 2), "mask": torch.ones(3, 1, 2, 2)}
     x = {k: v.byte() for k, v in (x | {"attributes": torch.eye(3, 4)}).items()}
-    ones = Stub(sample=lambda z: torch.ones(len(z), 4))
-    zeros = Stub(sample=lambda z: torch.zeros(len(z), 1, 2, 2))
-    model = Stub(encoders=list(x), decoders=dict(attributes=ones, mask=zeros), posterior=posterior)
-    scores = celeba.table3(model, x, x)
+    decoders = {"attributes": Stub(sample=lambda z: torch.ones(len(z), 4)),
+                "mask": Stub(sample=lambda z: torch.zeros(len(z), 1, 2, 2))}
+    scores = celeba.table3(Stub(encoders=x, decoders=decoders, posterior=posterior), x, x)
     assert seen == [{"image", "mask"}, {"image"}, {"image", "attributes"}, {"image"}]
     for label in ("image + other modality", "image"):
         assert scores[label] == {"attributes": approx(2 / 5), "mask": 0}
     assert scores["constant baseline"] == {"attributes": approx(1 / 2), "mask": 1}
-    seen.clear()
-    model.encoders = ["image"]  # Supervised
-    assert celeba.table3(model, x, x)["image + other modality"] == {}
-    assert seen == [{"image"}, {"image"}]
-
-
-def test_the_constant_baseline_is_learned_from_the_training_set():
-    def best(train, test):
-        masks = lambda rows, value: torch.full((len(rows), 1), value)
-        data = lambda rows, value: {"attributes": torch.tensor(rows), "mask": masks(rows, value)}
-        model = Stub(encoders=[], decoders={})
-        return celeba.table3(model, data(train, 1), data(test, 0))["constant baseline"]
-
-    all_three, first = (1 + 2 / 4) / 2, (2 / 4 + 1) / 2  # the means are 1, 1/3, 1/3
-    found = best([[1, 0, 1], [1, 0, 0], [1, 1, 0]], [[1, 1, 1], [1, 0, 0]])
-    assert found == {"attributes": approx(max(all_three, first)), "mask": 0}
-    known_from_test_only = best([[1, 0, 1], [1, 0, 0], [1, 0, 0]], [[0, 1, 0], [0, 1, 0]])
-    assert known_from_test_only["attributes"] == 0
+    supervised = Stub(encoders=["image"], decoders=decoders, posterior=posterior)
+    scores = celeba.table3(supervised, x | {"mask": 1 - x["mask"]}, x)  # another training set
+    assert scores["image + other modality"] == {} and scores["constant baseline"]["mask"] == 0
 
 
 shifted = lambda by: Stub(sample=lambda z: z[:, :1, None, None] + by)  # a decoder
@@ -1776,11 +1664,9 @@ def test_faces_are_generated_from_their_conditions_and_compared_with_their_targe
     shift = {"image": 0, "mask": 0.1, "attributes": 0.2}  # tells the decoders' outputs apart
     scale = {"image": 1e-4, "mask + attributes": 1.1e-2, "mask": 1e-3, "attributes": 1e-2}
     x = {k: scale[k] * torch.tensor([1.0, 2, 3])[:, None, None, None] for k in shift}
-    model = Stub(posterior=summed, decoders={k: shifted(by) for k, by in shift.items()})
+    model = Stub(posterior=summed, decoders={k: shifted(by) for k, by in shift.items()}, encoders=x)
     prior = Stub(sample=lambda n: 0.5 + 0.1 * torch.arange(n)[:, None])
-    training = {k: 2 * v for k, v in x.items()}
-    model.encoders = list(x)
-    generated = celeba.generate(tmp_path / "grid.png", model, x, prior, training)
+    generated = celeba.generate(tmp_path / "grid.png", model, x, prior, {k: 2 * v for k, v in x.items()})
     assert list(generated) == [*scale, "aggregate posterior", "latent prior", "N(0, I)"]
     assert Image.open(tmp_path / "grid.png").size[1] == 9 * 66
     assert list(celeba.generate(tmp_path / "grid.png", model, x)) == list(scale)
@@ -1789,14 +1675,9 @@ def test_faces_are_generated_from_their_conditions_and_compared_with_their_targe
         assert_close(targets.pop("image"), scale[label] / scale["image"] * x["image"])
         expected = {"mask", "attributes"} if label == "image" else set(label.split(" + "))
         assert set(targets) == expected and all(targets[name] is x[name] for name in expected)
-    assert generated["latent prior"]["image"].flatten().tolist() == approx([0.5, 0.6, 0.7])
-    assert_close(generated["aggregate posterior"]["image"], 2 * 111 * x["image"])
-    z = generated["N(0, I)"]["mask"] - 0.1
-    assert z.std() > 0.1
-    assert_close(generated["N(0, I)"]["image"], z.clamp(-1, 1))
-    for label in UNCONDITIONAL - {"N(0, I)"}:
+    for label, z in (("latent prior", prior.sample(3)), ("aggregate posterior", 222 * x["image"])):
         for name, value in generated[label].items():
-            assert_close(value, generated[label]["image"] + shift[name])
+            assert_close(value.flatten(), z.flatten() + shift[name])
 
 
 def test_coherence_of_faces_by_hand():
@@ -1831,7 +1712,7 @@ def tiny_gpt2(vocabulary=12, seed=0):
 
 
 CAPTIONS = torch.tensor([[1, 5, 7, 3, 2, 0, 0], [1, 4, 4, 9, 11, 6, 2]])
-PAIR = torch.stack([CAPTIONS, CAPTIONS], 1)  # (2, 2, 7): BERT's tokens, GPT-2's
+PAIR = torch.stack([CAPTIONS.flip(0), CAPTIONS], 1)  # (2, 2, 7): BERT's tokens, GPT-2's
 
 
 def logits_by_hand(decoder, tokens, z):
@@ -1876,16 +1757,8 @@ def test_padding_never_counts(attention):
     for one, other in zip(encoder(padded), encoder(PAIR)):
         assert one.shape == (2, 6)
         assert_close(one, other, atol=1e-5, rtol=1e-4)
-
-
-def test_bert_and_gpt2_each_use_their_own_tokens():
-    decoder, encoder, z = tiny_gpt2(), cub.TextEncoder(tiny_bert(), 6).eval(), torch.randn(2, 6)
-    nudge(encoder, 0.3)
-    assert not torch.allclose(encoder(PAIR)[0][0], encoder(PAIR)[0][1])
-    other = CAPTIONS.flip(0)
-    assert torch.equal(encoder(torch.stack([CAPTIONS, other], 1))[0], encoder(PAIR)[0])
-    swapped = torch.stack([other, CAPTIONS], 1)
-    assert torch.equal(decoder.log_prob(swapped, z), decoder.log_prob(PAIR, z))
+    theirs = torch.stack([PAIR[:, 0], PAIR[:, 0]], 1)  # BERT does not read GPT-2's tokens
+    assert torch.equal(encoder(theirs)[0], encoder(PAIR)[0])
 
 
 def test_greedy_sampling_equals_recomputation():
@@ -1927,24 +1800,21 @@ def pretrained_like(special):
     return hf.PreTrainedTokenizerFast(tokenizer_object=base, **special)
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_captions_end_and_text_like_a_special_token_is_text(small):
+def test_captions_end_and_text_like_a_special_token_is_text():
     captions = ["a <EOS> b <PAD> [SEP] c [PAD] d <BOS> e", "a bird " * 9, ""] * 2
     bert = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
     gpt2 = dict(pad_token="<PAD>", bos_token="<BOS>", eos_token="<EOS>")
     tokenizers = [pretrained_like(bert), pretrained_like(gpt2)]
-    if small:
-        tokenizers, _ = cub.text_parts(cub.Settings(), captions)
-    for length in (80, 6):
-        tokens = cub.tokenize(tokenizers, captions, length)  # (6, 2, length)
-        for rows, words in zip(tokens.unbind(1), tokenizers):
-            end = words.sep_token_id if words.eos_token_id is None else words.eos_token_id
-            assert ((rows == end).sum(1) == 1).all()
-            after = (rows == end).cumsum(1) - (rows == end).int() > 0
-            assert torch.equal(rows == words.pad_token_id, after)
+    for pair in (tokenizers, cub.text_parts(cub.Settings(), captions)[0]):
+        for length in (80, 6):
+            tokens = cub.tokenize(pair, captions, length)  # (6, 2, length)
+            for rows, words in zip(tokens.unbind(1), pair):
+                end = words.sep_token_id if words.eos_token_id is None else words.eos_token_id
+                assert ((rows == end).sum(1) == 1).all()
+                after = (rows == end).cumsum(1) - (rows == end).int() > 0
+                assert torch.equal(rows == words.pad_token_id, after)
     texts = cub.detokenize(tokenizers, cub.tokenize(tokenizers, captions, 80)[:, 1])
-    for one, other in zip(texts, captions):
-        assert one.replace(" ", "").lower() == other.replace(" ", "").lower()
+    assert [text.replace(" ", "") for text in texts] == [text.replace(" ", "") for text in captions]
 
 
 def test_optimus_weights_are_found_by_their_names(tmp_path):
@@ -1953,13 +1823,11 @@ def test_optimus_weights_are_found_by_their_names(tmp_path):
     theirs = {"bert.": "encoder.", "linear.": "encoder.linear.", "gpt2.": "decoder.",
               "memory.": "decoder.transformer.linear.",
               "embedding.": "decoder.transformer.linear_emb."}
-    rename = lambda k: re.sub(r"^\w+\.", lambda ours: theirs[ours[0]], k)
+    rename = lambda k: "module." + re.sub(r"^\w+\.", lambda ours: theirs[ours[0]], k)
     state = {rename(k): v for part in (encoder, decoder) for k, v in part.state_dict().items()}
-    surplus = {"decoder.transformer.h.0.attn.bias": torch.ones(1)}
-    extra = {"iter": 1, "beta": 0.5, "optimizer_state_dict": {}}
-    extra["args"] = argparse.Namespace(device=torch.device("cpu"), latent_size=6)
-    wrapped = {f"module.{k}": v for k, v in (state | surplus).items()}
-    torch.save({"model_state_dict": wrapped, **extra}, path)  # as in Optimus's own training.bin
+    surplus = {"module.decoder.transformer.h.0.attn.bias": torch.ones(1)}
+    extra = {"beta": 0.5, "args": argparse.Namespace(device=torch.device("cpu"), latent_size=6)}
+    torch.save({"model_state_dict": state | surplus, **extra}, path)  # as in its training.bin
     cub.load_optimus(path, other, another)
     for a, b in ((encoder, other), (decoder, another)):
         for one, two in zip(a.parameters(), b.parameters(), strict=True):
@@ -1967,10 +1835,6 @@ def test_optimus_weights_are_found_by_their_names(tmp_path):
     torch.save({k: v for k, v in state.items() if "linear" not in k}, path)
     with refused("lacks 3 Optimus weights, such as 0.linear.weight"):
         cub.load_optimus(path, other, another)
-    torch.save({"args": Malicious(tmp_path / "executed")}, path)
-    with pytest.raises(Exception, match="Weights only load failed"):
-        cub.load_optimus(path, other, another)
-    assert not (tmp_path / "executed").exists()
 
 
 @pytest.fixture
@@ -1988,7 +1852,7 @@ def local(tmp_path):
 
 def test_pretrained_text_starts_from_its_weights(local):
     s = tiny(cub.Settings, **local)
-    tokenizers, configs = cub.text_parts(s, TWO_BIRDS)
+    _, configs = cub.text_parts(s, TWO_BIRDS)
     torch.manual_seed(0)
     cub.build(s, configs)
     after = torch.get_rng_state()
@@ -2002,7 +1866,6 @@ def test_pretrained_text_starts_from_its_weights(local):
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name][: len(value)], value) for name, value in wanted.items())
     assert not decoder.every_subset
-    assert decoder.gpt2.config.eos_token_id == tokenizers[1].eos_token_id
 
 
 def test_pretrained_models_that_lack_words_or_weights_are_refused(local, monkeypatch):
@@ -2018,18 +1881,16 @@ def test_pretrained_models_that_lack_words_or_weights_are_refused(local, monkeyp
 
 
 def test_a_pretrained_run_needs_only_its_own_folder(local, quick):
-    """Also to be resumed."""
+    """Both to be loaded and to be resumed."""
     s = tiny(cub.Settings, **local, num_samples=2)
     cub.run(s)
     sheet = Path(s.out, "samples.png").read_bytes()
-    shutil.rmtree(s.bert)
-    shutil.rmtree(s.gpt2)
+    for folder in (s.bert, s.gpt2):
+        shutil.rmtree(folder)
     before = torch.get_rng_state()
     model, _, tokenizers = cub.load(s.out)
     assert torch.equal(torch.get_rng_state(), before)
-    caption = cub.tokenize(tokenizers, ["a red bird"], s.max_length)
-    z = dm.sample_gaussian(*model.posterior({"caption": caption}))
-    assert len(cub.detokenize(tokenizers, model.decode(z)["caption"])) == 1
+    assert model.encoders["caption"](cub.tokenize(tokenizers, ["a red bird"], 8))[0].isfinite().all()
     Path(s.out, "prior.pt").unlink()
     cub.run(s)
     assert Path(s.out, "samples.png").read_bytes() == sheet
@@ -2065,14 +1926,6 @@ def test_synthetic_birds_show_what_their_captions_say(seed):
     assert ("size" in said) == (f["size"] in caption.split())
     (seen,) = cub.read_colors(torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1)
     assert seen == {part: f[part] for part in cub.SPOT}
-
-
-def test_every_factor_is_visible():
-    f = dict.fromkeys(cub.SPOT, "red") | {"shape": "short", "size": "small"}
-    render = lambda f: cub.render_bird(f, np.random.default_rng(0), 32)
-    for k in f:
-        other = {"shape": "long", "size": "large"}.get(k, "blue")
-        assert (render(f | {k: other}) != render(f)).any()
 
 
 def test_birds_are_generated_from_their_conditions(monkeypatch):
@@ -2336,24 +2189,16 @@ def evidence(own, other):
     return (shared.log_prob(x[:, 0]) + private.log_prob(x[:, 1])).item()
 
 
-def test_mmvae_plus_is_the_evidence_at_the_exact_posteriors(example):
-    exact = [evidence(TWO["a"], TWO["b"]), evidence(TWO["b"], TWO["a"])]
-    assert exact == approx([-5.5616, -3.8816], abs=1e-4)
-    x = {name: value.expand(50, 2) for name, value in TWO.items()}
-    terms = plus_model(example).terms(x)  # (2, 50)
-    assert_close(terms, f64(exact)[:, None].expand(2, 50))  # for every sample
-
-
-@pytest.mark.parametrize("shift", [-0.3, 0.2])
+@pytest.mark.parametrize("shift", [0.0, -0.3, 0.2])
 def test_mmvae_plus_is_below_the_evidence_by_the_divergence(example, shift):
     """Both experts are off by the same shift, so the gap is that of z plus that of w_m."""
-    n = 100_000
-    x = {name: value.expand(n, 2) for name, value in TWO.items()}
-    terms = plus_model(example, shift).terms(x)
+    n, exact = 100_000, [evidence(TWO["a"], TWO["b"]), evidence(TWO["b"], TWO["a"])]
+    assert exact == approx([-5.5616, -3.8816], abs=1e-4)
+    terms = plus_model(example, shift).terms({k: v.expand(n, 2) for k, v in TWO.items()})
     gap = 0.5 * shift**2 * (2 + 3 / VARIANCE)  # ½ Δ² (precision of z + that of w)
-    for term, (own, other) in zip(terms, [("a", "b"), ("b", "a")]):
-        expected = evidence(TWO[own], TWO[other]) - gap
-        assert term.mean().item() == approx(expected, abs=5 * term.std().item() / n**0.5)
+    for term, expected in zip(terms, exact):  # without shift, every sample is exact
+        noise = 5 * term.std().item() / n**0.5 + 1e-9
+        assert term.mean().item() == approx(expected - gap, abs=noise)
 
 
 def test_mmvae_plus_generates_from_each_given_modality_equally_often(example):
@@ -2361,12 +2206,9 @@ def test_mmvae_plus_generates_from_each_given_modality_equally_often(example):
     def certain(z, w):
         return Function(lambda x: (f64([z, w]).expand(len(x), 2), f64(-90.0).expand(len(x), 2)))
 
-    def likelihood(mean):
-        return Normal(mean, 1.0)
-
     encoders = {"a": certain(10.0, 50.0), "b": certain(20.0, 60.0), "c": certain(30.0, 70.0)}
-    decoders = {name: dm.FeedForwardDecoder(nn.Identity(), likelihood) for name in encoders}
-    model, n = example("mmvae")["MMVAEPlus"](encoders, decoders, D=1), 10_000
+    mean = dm.FeedForwardDecoder(nn.Identity(), lambda mean: Normal(mean, 1.0))
+    model, n = example("mmvae")["MMVAEPlus"](encoders, {name: mean for name in "abc"}, D=1), 10_000
     made = model.generate({name: torch.zeros(n, 2) for name in "ab"}, n)
     z = made["a"][:, 0]
     assert all(torch.equal(made[name][:, 0], z) for name in "bc")
@@ -2374,10 +2216,8 @@ def test_mmvae_plus_generates_from_each_given_modality_equally_often(example):
     for name, own, w in (("a", 10, 50), ("b", 20, 60)):
         assert_close(made[name][z == own, 1], torch.full_like(z[z == own], w))
         assert made[name][z != own, 1].std().item() == approx(1, abs=0.05)
-    assert made["c"][:, 1].std().item() == approx(1, abs=0.05)
-    nothing = model.generate({}, n)
-    for values in nothing.values():
-        assert values.std(0).tolist() == approx([1, 1], abs=0.05)
+    for values in (made["c"][:, 1:], *model.generate({}, n).values()):
+        assert values.std(0).tolist() == approx([1] * values.shape[1], abs=0.05)
 
 
 def test_baselines_page(quick, tmp_path, monkeypatch, capsys):
@@ -2399,33 +2239,28 @@ def test_baselines_page(quick, tmp_path, monkeypatch, capsys):
 
 # ---- The scripts, as a user runs them ------------------------------------------------------------
 
-def on_meta(pair, data, get_batch):
-    """Run both stages on tensors without values, where reading a value is an error.
-
-    On a GPU reading a value waits for the whole queue. Mixing devices is an error, too.
-    """
+@pytest.mark.parametrize("script, options", [
+    (celeba, dict(weighting="likelihood", attention_resolutions=[8])),
+    (celeba, dict(decoder="feedforward")), (cub, {}),
+])
+def test_a_step_never_waits_for_the_device(quick, script, options):
+    """Reading a tensor without a value is an error; on a GPU it would wait for the whole queue."""
+    s = tiny(script.Settings, **options)
+    if script is celeba:
+        pair, data = celeba.build(s), celeba.synthetic_faces(16)["test"]
+    else:
+        birds = cub.synthetic_birds(16)
+        tokenizers, configs = cub.text_parts(s, birds["test"][1][0])
+        pair = cub.build(s, configs)
+        data = cub.tensors(birds, tokenizers, s.max_length)["test"]
     model, prior = (part.to("meta") for part in pair)
     data, i = {k: x.to("meta") for k, x in data.items()}, torch.randint(8, (4,), device="meta")
-    (-model.elbo(dm.random_flip(get_batch(data, i))).terms()["ELBO"].mean()).backward()
-    prior.standardize(*model.posterior(get_batch(data)))
+    x = dm.random_flip(script.get_batch(data, i))
+    (-model.elbo(x).terms()["ELBO"].mean()).backward()
+    prior.standardize(*model.posterior(script.get_batch(data)))
     (-prior.log_prob(torch.randn(4, 16, device="meta")).mean()).backward()
     images = model.decoders["image"].sample(prior.sample(4))
     assert images.device.type == "meta" and images.shape == (4, 3, 16, 16)
-
-
-@pytest.mark.parametrize("options", [
-    {}, dict(weighting="likelihood"), dict(decoder="feedforward"), dict(attention_resolutions=[8]),
-])
-def test_a_step_with_faces_never_waits_for_the_device(quick, options):
-    data = celeba.synthetic_faces(16)["test"]
-    on_meta(celeba.build(tiny(**options)), data, celeba.get_batch)
-
-
-def test_a_step_with_birds_never_waits_for_the_device(quick):
-    s, birds = tiny(cub.Settings), cub.synthetic_birds(16)
-    tokenizers, configs = cub.text_parts(s, birds["test"][1][0])
-    data = cub.tensors(birds, tokenizers, s.max_length)["test"]
-    on_meta(cub.build(s, configs), data, cub.get_batch)
 
 
 UNCONDITIONAL = {"aggregate posterior", "latent prior", "N(0, I)"}
@@ -2458,7 +2293,7 @@ def test_celeba_end_to_end(tmp_path, monkeypatch, capsys, quick, options):
     assert model.decode(prior.sample(2))["image"].shape == (2, 3, 16, 16)
 
 
-@pytest.mark.parametrize("options", [{}, dict(decoder="feedforward", family="mvae")])
+@pytest.mark.parametrize("options", [{}, dict(decoder="feedforward", family="mvae", prior_net="unet")])
 def test_cub_end_to_end(tmp_path, monkeypatch, capsys, quick, options):
     monkeypatch.chdir(tmp_path)
     small = dict(num_samples=4, ema_decay=0.9)
@@ -2497,7 +2332,7 @@ def test_real_birds_end_to_end_and_other_birds_are_refused(tmp_path, released_bi
     assert "coherence" not in results_in(tmp_path)["tables"]
     before = {path: path.read_bytes() for path in tmp_path.glob("[bg][ep][rt][t2]/*")}
     (released_birds / "text" / "1.A" / "one.txt").write_text("other words, other words\n")
-    with refused("model.pt is of another run: data_checksum was '.{8}' and is '.{8}'"):
+    with refused("model.pt is of another run, with data_checksum '.{8}' and not '.{8}'"):
         cub.run(s)
     assert len(before) >= 4 and all(path.read_bytes() == was for path, was in before.items())
 
