@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict
 from decimal import Decimal, getcontext
 from functools import partial
 from pathlib import Path
@@ -177,7 +177,7 @@ def test_marginals_solve_the_sde(sde):
 
 @pytest.mark.parametrize("sde", [dm.VPSDE(), dm.VPSDE(beta_max=2.0)])
 def test_log_snr(sde):
-    assert dm.VPSDE() == dm.VPSDE(beta_min=0.1, beta_max=20.0, t_min=1e-4)  # the authors' β, our t_min
+    assert dm.VPSDE() == dm.VPSDE(beta_min=0.1, beta_max=20.0, t_min=1e-4)  # β: the authors'
     t = torch.linspace(1e-4, 1, 1001, dtype=torch.float64, requires_grad=True)
     ell = sde.log_snr(t)
     assert_close(ell, (sde.alpha(t) ** 2 / sde.sigma(t) ** 2).log())
@@ -334,13 +334,6 @@ def closed_form(x, m, s2, sde):
 def test_bound_of_the_exact_denoiser_has_its_closed_form(sde, x, m, s2):
     got = exact_bound(diffusion(gaussian_eps(m, s2), (len(x),), sde), f64(x))
     assert got == approx(closed_form(f64(x), m, s2, sde).sum().item(), rel=1e-4, abs=2e-4)
-
-
-@pytest.mark.parametrize("x", [-1.0, 0.3, 2.0])
-def test_bound_of_the_exact_denoiser_is_the_log_density(x):
-    model = diffusion(gaussian_eps(0.6, 0.2), (1,), dm.VPSDE(t_min=1e-6))
-    density = Normal(0.6, 0.2**0.5).log_prob(f64(x)).item()
-    assert exact_bound(model, f64([x])) == approx(density, abs=5e-3)
 
 
 @pytest.mark.parametrize("sde", SDES[:2])
@@ -581,14 +574,12 @@ def test_beta_and_weights_scale_their_terms():
         assert_close(elbo.total, a + 10 * b + c - 0.5 * elbo.kl)
 
 
-def test_a_modality_may_be_named_like_a_total():
-    """Whatever modalities are called, the first term is the objective."""
+@pytest.mark.parametrize("objective", ["ELBO", "surrogate"])
+def test_a_modality_may_be_named_like_a_total(objective):
     log_prob = {name: torch.tensor([-3.0]) for name in ("ELBO", "surrogate", "KL")}
-    elbo = dm.ELBO(log_prob, torch.tensor([2.0]), beta=1.0, log_prob_weights={})
-    for objective in ("ELBO", "surrogate"):
-        terms = elbo.terms(objective)
-        assert next(iter(terms)) == objective and terms[objective] == -9 - 2
-        assert terms["KL"] == 2 and len(terms) == 5
+    terms = dm.ELBO(log_prob, torch.tensor([2.0]), 1.0, {}).terms(objective)
+    assert next(iter(terms.items())) == (objective, -9 - 2)  # the first one is maximized
+    assert terms["KL"] == 2 and len(terms) == 5
 
 
 @pytest.mark.parametrize("model", [dm.DiffMVAE, dm.MVTCAE, dm.IncompleteDiffMVAE])
@@ -647,23 +638,22 @@ def test_every_subset_decodes_each_example_against_itself():
         assert_close(together.kl, sum(e.kl for e in each) / 7)
 
 
-def test_gradients_reach_z_through_both_kinds_of_decoder():
+def test_gradients_reach_the_posterior_through_z():
     mu, logvar = torch.randn(2, 2, 6, requires_grad=True).unbind()
     z = dm.sample_gaussian(mu, logvar)
-    by_mu, by_logvar = torch.autograd.grad(z.sum(), (mu, logvar), retain_graph=True)
-    assert_close((by_mu, by_logvar), (torch.ones(2, 6), 0.5 * (z - mu)))
-    image = dm.Diffusion(dm.UNet(2, 3, 8, 8, (1, 2), z_dim=6), (3, 8, 8))
-    nudge(image)
-    for decoder in (image, dm.FeedForwardDecoder(dm.ConvDecoder(3, 8, 6, 8), dm.CalibratedGaussian())):
-        term = decoder.log_prob(torch.randn(2, 3, 8, 8), z)
-        assert torch.autograd.grad(term.sum(), z, retain_graph=True)[0].abs().min() > 0
+    assert_close(torch.autograd.grad(z.sum(), (mu, logvar)), (torch.ones(2, 6), 0.5 * (z - mu)))
+    for weighting in dm.Diffusion.default_steps:
+        image = dm.Diffusion(dm.UNet(2, 3, 8, 8, (1, 2), z_dim=6), (3, 8, 8), weighting=weighting)
+        nudge(image)
+        term = image.log_prob(torch.randn(2, 3, 8, 8), z.requires_grad_()).sum()
+        assert torch.autograd.grad(term, z)[0].abs().min() > 0
 
 
 def tiny(settings=celeba.Settings, **options):
     """Return settings for the smallest model and the shortest training."""
-    size = dict(image_size=16, model_channels=8, channel_mult=[1, 2], encoder_channels=8, latent_dim=16)
-    training = dict(steps=3, prior_steps=2, batch_size=4, device="cpu", compile=False, attention_resolutions=[])
-    return settings(**size | training | options)
+    size = dict(image_size=16, model_channels=8, channel_mult=[1, 2], attention_resolutions=[])
+    more = dict(encoder_channels=8, latent_dim=16, steps=3, prior_steps=2, batch_size=4)
+    return settings(**size | more | dict(device="cpu", compile=False) | options)
 
 
 def tiny_batch(n=4):
@@ -856,21 +846,10 @@ def test_residual_blocks_are_their_formula(dims, c_out):
     assert_close(block(x, e), block.skip(x) + block.conv2(F.silu(h)))
 
 
-def test_attention_is_softmax_attention():
-    layer, x = dm.Attention(8, 2), torch.randn(3, 8, 4, 5)
-    nudge(layer)
-    h = layer.norm(x).view(3, 8, 20)
-    qkv = torch.einsum("oc,bcl->bol", layer.qkv.weight, h) + layer.qkv.bias[:, None]
-    q, k, v = qkv.view(3, 3, 2, 4, 20).unbind(1)  # (B, heads, C, L)
-    weights = torch.einsum("bhcl,bhcm->bhlm", q, k).div(4**0.5).softmax(-1)
-    mixed = torch.einsum("bhlm,bhcm->bhcl", weights, v).reshape(3, 8, 20)
-    out = torch.einsum("oc,bcl->bol", layer.proj.weight, mixed) + layer.proj.bias[:, None]
-    assert_close(layer(x), x + out.view(3, 8, 4, 5))
-
-
 def test_encoders_start_wide():
     text = cub.TextEncoder(tiny_bert(hidden_size=256), 100)
-    layers = [dm.Encoder(dm.mlp(5, 300, 200))[0][-1], dm.ConvEncoder(3, 16, 100, 8)[-1], text.linear]
+    conv, mlp = dm.ConvEncoder(3, 16, 100, 8), dm.Encoder(dm.mlp(5, 300, 200))
+    layers = [mlp[0][-1], conv[-1], text.linear]
     model, _ = cub.build(cub.Settings(), cub.text_parts(cub.Settings(), TWO_BIRDS)[1], init=True)
     layers.append(model.encoders["caption"].linear)
     for last, factor in zip(layers, (8, 8, 8, 16)):
@@ -886,8 +865,6 @@ def test_group_norm_keeps_the_precision_of_its_input():
         out = layer(x.bfloat16())
     assert out.dtype == torch.bfloat16
     assert_close(out.float(), layer(x), rtol=0.01, atol=0.03)
-    groups = {c: dm.GroupNorm(c).num_groups for c in (3, 8, 48, 96, 128, 1024)}
-    assert groups == {3: 1, 8: 2, 48: 4, 96: 8, 128: 32, 1024: 32}
 
 
 # ---- 8  Variants ---------------------------------------------------------------------------------
@@ -1084,14 +1061,10 @@ def test_the_statistics_of_batch_norm_reach_the_ema_model(tmp_path):
     assert torch.equal(ema_model[1].running_mean, model[1].running_mean)
 
 
-def test_each_parameter_has_its_learning_rate_and_the_gradient_is_clipped(tmp_path):
-    model, x = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.randn(20, 2)
-    start = copy.deepcopy(model)
-    terms = lambda i: {"fit": -1000 * model(x[i])[:, 0].square()}
-    rate = lambda name: 1e-3 if name.startswith("0") else 1e-1
-    dm.fit(toy_settings(tmp_path, steps=1), "model", model, rate, terms, 20, {})
-    moved = [(a.weight - b.weight).abs().max().item() for a, b in zip(model, start)]
-    assert moved == approx([1e-3 / 500, 1e-1 / 500], rel=0.05)  # the last step of the cooldown
+def test_the_gradient_is_clipped(tmp_path):
+    model, x = nn.Linear(2, 3), torch.randn(20, 2)
+    terms = lambda i: {"fit": -1000 * model(x[i]).square().sum(1)}
+    toy_fit(model, terms, toy_settings(tmp_path, steps=1))
     moments = [state["exp_avg"] for state in saved_in(tmp_path)["optimizer"]["state"].values()]
     assert sum((10 * m).square().sum() for m in moments).item() == approx(1, rel=1e-3)  # β₁ = 0.9
 
@@ -1106,8 +1079,9 @@ def test_every_parameter_is_trained(tmp_path, quick):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     data = celeba.synthetic_faces(16)
     dm.train_model(s, data, model, celeba.get_batch, lambda ema_model: None)
-    for name, rate in (("temperature", 0.5), ("encoders.mask.0.weight", 0.5),
-                       ("decoders.mask.net.0.weight", 0.5), ("decoders.image.net.out.2.weight", 0.25)):
+    rates = {"temperature": 0.5, "encoders.mask.0.weight": 0.5, "decoders.mask.net.0.weight": 0.5,
+             "decoders.image.net.out.2.weight": 0.25}
+    for name, rate in rates.items():
         moved = (model.get_parameter(name) - before[name]).abs().max().item()
         assert moved * 500 == approx(rate, rel=0.01)  # in the last step of the cooldown
 
@@ -1162,31 +1136,28 @@ def test_a_checkpoint_of_other_settings_data_or_model_is_refused(tmp_path):
 
 
 class Malicious:
-    """An object that would create a file if it was unpickled with code allowed."""
-
-    def __init__(self, path):
-        self.path = path
+    """An object that would create the file "executed" if it was unpickled with code allowed."""
 
     def __reduce__(self):
-        return Path.touch, (self.path,)
+        return Path("executed").touch, ()
 
 
-def test_code_in_a_checkpoint_is_not_executed(tmp_path):
-    torch.save(Malicious(tmp_path / "executed"), tmp_path / "model.pt")
-    optimus = lambda: cub.load_optimus(tmp_path / "model.pt", None, None)
-    for use in (lambda: toy(tmp_path), lambda: celeba.load(tmp_path), optimus):
+def test_code_in_a_checkpoint_is_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Malicious(), "model.pt")
+    optimus = lambda: cub.load_optimus("model.pt", None, None)
+    for use in (lambda: toy("."), lambda: celeba.load("."), optimus):
         with pytest.raises(Exception, match="Weights only load failed"):
             use()
-    assert not (tmp_path / "executed").exists()
+    assert not Path("executed").exists()
 
 
 def test_the_checksum_depends_on_every_example():
     data = {"a": torch.arange(24).view(12, 2), "b": torch.ones(12, dtype=torch.uint8)}
     sums = {dm.checksum(data), dm.checksum({name: x[:11] for name, x in data.items()})}
-    for name, example in itertools.product(data, range(12)):
-        changed = data[name].clone()
-        changed[example] += 1
-        sums.add(dm.checksum(data | {name: changed}))
+    for name, k in itertools.product(data, range(12)):
+        change = (torch.arange(12) == k).view(12, *[1] * (data[name].ndim - 1))
+        sums.add(dm.checksum(data | {name: data[name] + change}))
     assert len(sums) == 2 + 2 * 12
     assert dm.checksum(dict(reversed(data.items()))) == dm.checksum(data)
 
@@ -1253,19 +1224,17 @@ def test_images_are_evaluated_by_hand():
     """With an evaluator whose features are the first two pixels."""
     posterior = lambda x: (x["image"].flatten(1)[:, :2], torch.full((len(x["image"]), 2), 99.0))
     real = torch.rand(300, 3, 4, 4) - 0.5
-    shift = torch.zeros(3, 4, 4)
-    shift[0, 0, 0] = 0.3
-    generated = {name: {"image": image, "name": name} for name, image in
-                 {"same": real, "moved": real + shift, "halved": 0.5 * real}.items()}
-    seen = lambda features, x: {"first": features[0, 0].item(), "name": x["name"]}
-    table = dm.evaluate_images(Stub(posterior=posterior), generated, real, seen)
+    moved = real + 0.3 * (torch.arange(48) == 0).view(3, 4, 4)  # the first pixel
+    images = {"same": real, "moved": moved, "halved": 0.5 * real}
+    generated = {name: {"image": image} for name, image in images.items()}
+    first = lambda features, x: {"first": (features[:, 0] == x["image"][:, 0, 0, 0]).all()}
+    table = dm.evaluate_images(Stub(posterior=posterior), generated, real, first)
     z = real.flatten(1)[:, :2]
     halved = 0.25 * (z.mean(0).square() + z.var(0)).sum().item()
     fd = {name: row["fd"] for name, row in table.items()}
     assert fd == approx({"same": 0, "moved": 0.09, "halved": halved}, abs=1e-4)
     assert [table[name]["sharpness"] for name in ("same", "halved")] == approx([1, 0.25])
-    assert table["moved"]["first"] == approx(real[0, 0, 0, 0].item() + 0.3)
-    assert [row["name"] for row in table.values()] == list(table)
+    assert all(row["first"] for row in table.values())
 
 
 def test_save_grid(tmp_path):
@@ -1322,9 +1291,9 @@ def test_main_ends_with_one_line(monkeypatch, capsys, problem, status, message):
 
 
 def test_the_command_line_gives_settings(monkeypatch, capsys):
-    flags = "--steps 3 --eta 0 --channel-mult 1 3 --attention-resolutions --no-mirror --small --data x"
+    flags = "--data x --small --steps 3 --eta 0 --channel-mult 1 3 --attention-resolutions"
     monkeypatch.setattr(sys, "argv", ["script.py", *flags.split()])
-    expected = dict(steps=3, eta=0.0, channel_mult=[1, 3], attention_resolutions=[], mirror=False)
+    expected = dict(steps=3, eta=0.0, channel_mult=[1, 3], attention_resolutions=[])
     assert celeba.Settings.parse("") == celeba.Settings(data="x", small=True, **expected)
     monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
     with pytest.raises(SystemExit):
@@ -1352,11 +1321,13 @@ def test_the_bound_has_no_eta():
         model, prior = celeba.build(tiny(**options))
         ddim = [prior.sampler] + [model.decoders["image"].sampler] * ("weighting" not in options)
         assert [(s.func, s.keywords["eta"]) for s in ddim] == [(dm.ddim, eta)] * len(ddim)
-    assert celeba.build(tiny(weighting="likelihood"))[0].decoders["image"].sampler is dm.euler_maruyama
+        if "weighting" in options:
+            assert model.decoders["image"].sampler is dm.euler_maruyama
 
 
 def test_paths_and_numpy_numbers_are_settings(tmp_path, quick):
-    s = tiny(out=tmp_path, steps=np.int64(3), ema_decay=np.float32(0.5), channel_mult=(np.int64(1), 2))
+    s = tiny(out=tmp_path, steps=np.int64(3), ema_decay=np.float32(0.5),
+             channel_mult=(np.int64(1), 2))
     types = [type(value) for value in (s.out, s.steps, s.ema_decay, *s.channel_mult)]
     assert types == [str, int, float, int, int]
     celeba.run(s)
@@ -1378,13 +1349,10 @@ def test_defaults():
     assert found(decoder="none") == (0, 10, 50, "surrogate", False)
     assert found(decoder="none", beta=0.5)[0] == 0.5 and cub.Settings().log_prob_weight == 5
     real, small = celeba.Settings(data="x"), celeba.Settings(data="x", small=True, mirror=False)
-    assert (real.image_size, real.weighting, real.compile, real.mirror) == (128, "simple", True, False)
-    assert (small.image_size, small.weighting, small.compile, small.mirror) == (64, "v_mse", False, False)
-    assert celeba.Settings(**vars_of(small)) == small
-
-
-def vars_of(s):
-    return {f: getattr(s, f) for f in s.__dataclass_fields__}
+    presets = lambda s: (s.image_size, s.weighting, s.compile, s.mirror)
+    assert presets(real) == (128, "simple", True, False)
+    assert presets(small) == (64, "v_mse", False, False)
+    assert celeba.Settings(**asdict(small)) == small
 
 
 def test_the_unet_attends_where_it_is_told():
@@ -1394,32 +1362,18 @@ def test_the_unet_attends_where_it_is_told():
         attending = [block for block in [*unet.down, *unet.up]
                      if isinstance(getattr(block, "attention", None), dm.Attention)]
         assert [block.conv1.out_channels for block in attending] == expected
-    with pytest.raises(ValueError, match="5 is not in list"):
+    with pytest.raises(ValueError):
         celeba.build(celeba.Settings(attention_resolutions=[5]))
-
-
-def test_networks_are_compiled_under_their_names(tmp_path, monkeypatch, quick):
-    compiled, ema_models = [], []
-    monkeypatch.setattr(nn.Module, "compile", lambda network, **options: compiled.append(network))
-    s = tiny(out=tmp_path, compile=True)
-    model, _ = celeba.build(s)
-    names = list(model.state_dict())
-    dm.train_model(s, celeba.synthetic_faces(16), model, celeba.get_batch, ema_models.append)
-    kinds = [type(network) for network in compiled]  # not the MLPs of the attributes
-    assert sorted(kinds, key=str) == [dm.ConvDecoder, dm.ConvEncoder, dm.ConvEncoder, dm.UNet]
-    assert list(saved_in(tmp_path)["ema"]) == list(ema_models[0].state_dict()) == names
 
 
 def test_random_flip_mirrors_an_image_and_its_mask_together():
     image = torch.arange(1000 * 3 * 2 * 4).view(1000, 3, 2, 4)
-    x = {"image": image, "mask": -image[:, :1], "attributes": torch.rand(1000, 18)}
-    x["caption"] = torch.randint(9, (1000, 2, 6))
+    x = {"image": image, "mask": -image[:, :1], "caption": torch.randint(9, (1000, 2, 6))}
     out = dm.random_flip(x)
     flipped = (out["image"][:, 0, 0, 0] == image[:, 0, 0, 3]).view(-1, 1, 1, 1)
-    assert 400 < flipped.sum() < 600
+    assert 400 < flipped.sum() < 600 and out["caption"] is x["caption"]
     for name in ("image", "mask"):
         assert torch.equal(out[name], torch.where(flipped, x[name].flip(-1), x[name]))
-    assert out["attributes"] is x["attributes"] and out["caption"] is x["caption"]
 
 
 def test_training_batches_are_mirrored_and_the_test_objective_is_not(tmp_path, monkeypatch, quick):
@@ -1435,16 +1389,18 @@ def test_training_batches_are_mirrored_and_the_test_objective_is_not(tmp_path, m
     assert read_history(s.out)[0]["test surrogate"] == approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [dict(decoder="diffusion"), dict(image_size=32), dict(data="x")])
-def test_only_a_supervised_run_on_the_same_data_and_size_evaluates(tmp_path, options):
+@pytest.mark.parametrize("wrong", [dict(decoder="diffusion"), dict(image_size=32), dict(data="x")])
+def test_only_a_supervised_run_on_the_same_data_and_size_evaluates(tmp_path, wrong):
+    def saved(**options):
+        settings = asdict(tiny(**{"decoder": "none"} | options))
+        dm.save_atomically(tmp_path / "model.pt", {"settings": settings})
+
     s = tiny(evaluator=tmp_path)
-    for run, refusal in (({}, False), (options, True)):
-        dm.save_atomically(tmp_path / "model.pt", {"settings": vars_of(tiny(**{"decoder": "none"} | run))})
-        if refusal:
-            with refused("is not a run of --decoder none with this data and size"):
-                dm.load_evaluator(s, None)
-        else:
-            assert dm.load_evaluator(s, lambda out, device: out) == str(tmp_path)
+    saved()
+    assert dm.load_evaluator(s, lambda out, device: out) == str(tmp_path)
+    saved(**wrong)
+    with refused("is not a run of --decoder none with this data and size"):
+        dm.load_evaluator(s, None)
 
 
 def test_a_loaded_run_is_finished_and_samples_as_before(tmp_path, quick):
@@ -1551,15 +1507,6 @@ def test_the_mask_is_everything_but_skin_and_background(seed):
     assert (mask == pale_mask).all() and (image != pale).any()
 
 
-def test_synthetic_faces_are_the_same_in_every_run(quick):
-    first, second = celeba.synthetic_faces(16), celeba.synthetic_faces(16)
-    shapes = {"image": (12, 3, 16, 16), "mask": (12, 1, 16, 16), "attributes": (12, 18)}
-    assert {k: v.shape for k, v in first["test"].items()} == shapes
-    assert all(torch.equal(first[s][k], second[s][k]) for s in first for k in first[s])
-    for one, other in itertools.combinations(first.values(), 2):
-        assert not torch.equal(one["image"][:12], other["image"][:12])
-
-
 ANNO, MAPPING = "CelebAMask-HQ-attribute-anno.txt", "CelebA-HQ-to-CelebA-mapping.txt"
 MASKS = "CelebAMask-HQ-mask-anno/0/00003_{}.png"
 
@@ -1571,12 +1518,11 @@ def released(tmp_path):
     folder = tmp_path / "CelebAMask-HQ"
     names = [f"Other_{i}" for i in range(22)] + celeba.ATTRIBUTES[::-1]
     lines, mapping = ["5", " ".join(names)], ["idx orig_idx orig_file"]
-    (folder / "CelebA-HQ-img").mkdir(parents=True)
     boxes = dict(hair=(0, 0, 32, 8), l_eye=(4, 4, 8, 16), skin=(0, 0, 32, 32))
-    origins = {3: 162_769, 2001: 162_770, 2: 182_637, 1: 0, 4: 202_598}
-    for k, origin in origins.items():
+    for k, origin in {3: 162_769, 2001: 162_770, 2: 182_637, 1: 0, 4: 202_598}.items():
         parts = folder / "CelebAMask-HQ-mask-anno" / str(k // 2000)
-        parts.mkdir(parents=True, exist_ok=True)
+        for path in (parts, folder / "CelebA-HQ-img"):
+            path.mkdir(parents=True, exist_ok=True)
         image = Image.new("RGB", (64, 64), (10 * (k % 10), 100, 200))
         image.save(folder / f"CelebA-HQ-img/{k}.jpg", quality=100)
         for part, box in boxes.items():
@@ -1586,8 +1532,8 @@ def released(tmp_path):
         values = ["1" if name in ("Smiling", "Other_3") or k in (2, 4) else "-1" for name in names]
         lines.append(f"{k}.jpg " + " ".join(values))
         mapping.append(f"{k} {origin} {origin + 1:06d}.jpg")
-    (folder / ANNO).write_text("\n".join(lines) + "\n")
-    (folder / MAPPING).write_text("\n".join(mapping) + "\n")
+    for name, rows in ((ANNO, lines), (MAPPING, mapping)):
+        (folder / name).write_text("\n".join(rows) + "\n")
     return folder
 
 
@@ -1666,7 +1612,8 @@ def test_faces_are_generated_from_their_conditions_and_compared_with_their_targe
     x = {k: scale[k] * torch.tensor([1.0, 2, 3])[:, None, None, None] for k in shift}
     model = Stub(posterior=summed, decoders={k: shifted(by) for k, by in shift.items()}, encoders=x)
     prior = Stub(sample=lambda n: 0.5 + 0.1 * torch.arange(n)[:, None])
-    generated = celeba.generate(tmp_path / "grid.png", model, x, prior, {k: 2 * v for k, v in x.items()})
+    training = {k: 2 * v for k, v in x.items()}
+    generated = celeba.generate(tmp_path / "grid.png", model, x, prior, training)
     assert list(generated) == [*scale, "aggregate posterior", "latent prior", "N(0, I)"]
     assert Image.open(tmp_path / "grid.png").size[1] == 9 * 66
     assert list(celeba.generate(tmp_path / "grid.png", model, x)) == list(scale)
@@ -1747,12 +1694,11 @@ def test_caption_likelihood_by_hand(seed):
         assert found.item() == approx(expected.item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_never_counts(attention):
+def test_padding_never_counts():
     decoder, z = tiny_gpt2(), torch.randn(2, 6)
     padded = nn.functional.pad(PAIR, (0, 2))
     assert_close(decoder.log_prob(padded, z), decoder.log_prob(PAIR, z))
-    encoder = cub.TextEncoder(tiny_bert(attn_implementation=attention), 6).eval()
+    encoder = cub.TextEncoder(tiny_bert(), 6).eval()
     nudge(encoder, 0.3)  # otherwise its attention is too even to notice padding
     for one, other in zip(encoder(padded), encoder(PAIR)):
         assert one.shape == (2, 6)
@@ -1874,7 +1820,7 @@ def test_pretrained_models_that_lack_words_or_weights_are_refused(local, monkeyp
     s.bert = s.gpt2  # GPT-2's weights would leave BERT random
     with refused("gpt2 lacks weights, which would stay random"):
         cub.build(s, configs, init=True)
-    empty = hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel()), pad_token="P")
+    empty = hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel()))
     monkeypatch.setattr(hf, "AutoTokenizer", Stub(from_pretrained=lambda name: empty))
     with refused("has no vocabulary"):
         cub.text_parts(s, TWO_BIRDS)
@@ -1887,10 +1833,9 @@ def test_a_pretrained_run_needs_only_its_own_folder(local, quick):
     sheet = Path(s.out, "samples.png").read_bytes()
     for folder in (s.bert, s.gpt2):
         shutil.rmtree(folder)
-    before = torch.get_rng_state()
     model, _, tokenizers = cub.load(s.out)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert model.encoders["caption"](cub.tokenize(tokenizers, ["a red bird"], 8))[0].isfinite().all()
+    caption = cub.tokenize(tokenizers, ["a red bird"], 8)
+    assert model.encoders["caption"](caption)[0].isfinite().all()
     Path(s.out, "prior.pt").unlink()
     cub.run(s)
     assert Path(s.out, "samples.png").read_bytes() == sheet
@@ -1961,7 +1906,7 @@ def test_coherence_of_birds_by_hand():
 
 @pytest.fixture
 def released_birds(tmp_path):
-    """Six birds in CUB's layout: one image is grayscale, captions are not ASCII or less than ten."""
+    """Six birds in CUB's layout; one image is grayscale, captions are not ASCII or too few."""
     root, texts = tmp_path / "cub" / "CUB_200_2011", tmp_path / "cub" / "text"
     names = [f"{kind}/{name}.jpg" for kind in ("1.A", "2.B") for name in ("one", "two", "three")]
     for folder in ("1.A", "2.B"):
@@ -2088,15 +2033,11 @@ def test_mld_loss_of_the_exact_denoiser(example, given, t):
     assert error.mean().item() == approx(expected, abs=5 * error.std().item() / n**0.5)
 
 
-class Function(nn.Module):
-    """A network that computes a function f."""
-
-    def __init__(self, f):
-        super().__init__()
-        self.f = f
-
-    def forward(self, *inputs):
-        return self.f(*inputs)
+def Function(f):
+    """Return a network that computes f."""
+    network = nn.Module()
+    network.forward = f
+    return network
 
 
 def correlated(r, sde):
@@ -2162,7 +2103,7 @@ VARIANCE, TWO = 0.25, {"a": f64([[0.7, -0.4]]), "b": f64([[0.3, 1.1]])}
 
 
 def plus_model(example, shift=0.0):
-    """Return MMVAE+ with the exact posteriors of this model, moved by shift, and r_n(w) = N(0, 0)."""
+    """Return MMVAE+ with the exact posteriors, moved by shift, and r_n(w) = N(0, 0)."""
     def constant(i):
         precision = f64([1 + 2 / VARIANCE, 1 + 1 / VARIANCE])  # of z given both, of w given its own
         mean = torch.stack([(TWO["a"] + TWO["b"])[0, 0], TWO[i][0, 1]]) / VARIANCE / precision
@@ -2233,7 +2174,6 @@ def test_baselines_page(quick, tmp_path, monkeypatch, capsys):
                 exec(code, namespace)
     for method in ("MLD", "SBM-VAE", "SBM-VAE-C", "MMVAE+"):
         assert set(results_in(f"runs/{method}")["tables"]) == {"f1", "images"}
-        assert Path(f"runs/{method}/samples.png").exists()
     assert Path("runs/baselines.png").exists()
 
 
@@ -2274,7 +2214,8 @@ def test_celeba_end_to_end(tmp_path, monkeypatch, capsys, quick, options):
     monkeypatch.chdir(tmp_path)
     celeba.run(tiny(out="supervised", decoder="none"))
     assert not Path("supervised/prior.pt").exists()
-    s, sheet = tiny(out="run", evaluator="supervised", num_samples=5, **options), Path("run/samples.png")
+    sheet = Path("run/samples.png")
+    s = tiny(out="run", evaluator="supervised", num_samples=5, **options)
     celeba.run(s)
     assert capsys.readouterr().out.startswith("These faces are synthetic; --data CelebAMask-HQ")
     tables = results_in("run")["tables"]
@@ -2293,7 +2234,10 @@ def test_celeba_end_to_end(tmp_path, monkeypatch, capsys, quick, options):
     assert model.decode(prior.sample(2))["image"].shape == (2, 3, 16, 16)
 
 
-@pytest.mark.parametrize("options", [{}, dict(decoder="feedforward", family="mvae", prior_net="unet")])
+FEEDFORWARD = dict(decoder="feedforward", family="mvae", prior_net="unet")
+
+
+@pytest.mark.parametrize("options", [{}, FEEDFORWARD])
 def test_cub_end_to_end(tmp_path, monkeypatch, capsys, quick, options):
     monkeypatch.chdir(tmp_path)
     small = dict(num_samples=4, ema_decay=0.9)
@@ -2318,12 +2262,6 @@ def test_cub_end_to_end(tmp_path, monkeypatch, capsys, quick, options):
     decoded = model.decode(prior.sample(2))
     assert decoded["image"].shape == (2, 3, 16, 16)
     assert len(cub.detokenize(tokenizers, decoded["caption"])) == 2
-
-
-def test_real_faces_end_to_end(tmp_path, released, quick):
-    s = tiny(out=tmp_path / "run", data=released)
-    celeba.run(s)
-    assert results_in(s.out)["tables"]["f1"]["image"].keys() == {"mask", "attributes"}
 
 
 def test_real_birds_end_to_end_and_other_birds_are_refused(tmp_path, released_birds, quick):
