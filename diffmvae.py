@@ -1006,7 +1006,7 @@ def fit(s, stage, model, learning_rate, terms, n, trained_on, on_checkpoint=lamb
             row = dict(zip(means, torch.stack(recent).mean(0).tolist()))  # waits for the GPU
             recent = []
             if not all(map(math.isfinite, row.values())):
-                raise FloatingPointError(f"not finite before step {done}, nothing is saved: {row}")
+                raise FloatingPointError(f"not finite in step {done}, checkpoint not saved: {row}")
             bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
             history.append({"step": done, **row})
         if save:
@@ -1205,7 +1205,8 @@ def save_history(path, history):
 # ---- 11  What both scripts share: settings, networks, results, files -----------------------------
 
 def option(help, *presets, choices=None):
-    """Return a field of Settings. presets: one default, or those of synthetic, real, small data."""
+    """Return a field of Settings. presets: one default, or those for synthetic, real, small data.
+    """
     presets = {0: (None, None, None), 1: 3 * presets, 3: presets}[len(presets)]
     return field(default=None, metadata={"help": help, "presets": presets, "choices": choices})
 

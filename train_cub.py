@@ -133,7 +133,7 @@ def read_colors(images):
 
 def synthetic_birds(size):
     """Return {split: (images, captions, factors)}, the same in every run: uint8 (N, 3, size, size)
-    and, for each bird, ten captions and {factor: value}. "fresh" are further birds."""
+    and, for each bird, ten captions and {factor: value}. "fresh" has further birds."""
     print("These birds are synthetic; --data cub uses real ones (see README.md).")
     data = {}
     for seed, (split, n) in enumerate(BIRDS.items()):
@@ -148,9 +148,9 @@ def synthetic_birds(size):
 # ---- CUB as released -----------------------------------------------------------------------------
 
 def read_captions(path):
-    """Return ten captions from the lines of a file: fewer are repeated, more are cut."""
+    """Return ten captions of a file: fewer are repeated, more are cut; U+FFFD becomes a space."""
     lines = dm.read_lines(path) if path.exists() else []
-    captions = [" ".join(line.replace("\ufffd", " ").split()) for line in lines]  # in Reed et al.
+    captions = [" ".join(line.replace("\ufffd", " ").split()) for line in lines]
     captions = [caption for caption in captions if caption]
     if not captions:
         raise InputError(f"{path} is missing or has no caption: unpack the captions again")
@@ -285,7 +285,7 @@ SMALL_TEXT = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers":
 
 
 def load_text_parts(bert, gpt2, **options):
-    """Return the two tokenizers and the two configurations of from_pretrained; refuse no words."""
+    """Return the tokenizers and configurations that from_pretrained finds for BERT and GPT-2."""
     tokenizers = [hf.AutoTokenizer.from_pretrained(name, **options) for name in (bert, gpt2)]
     for name, tokenizer in zip((bert, gpt2), tokenizers):
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -295,7 +295,7 @@ def load_text_parts(bert, gpt2, **options):
 
 
 def text_parts(s, captions):
-    """Return tokenizers and configurations of a new run; small models know words of captions."""
+    """Return tokenizers and configurations for a new run, small ones for the words of captions."""
     special = {"pad_token": "<PAD>", "bos_token": "<BOS>", "eos_token": "<EOS>"}
     if s.text == "small":
         tokenizers = 2 * [word_tokenizer(captions, special)]
