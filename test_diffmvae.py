@@ -1954,7 +1954,7 @@ def page_blocks():
     """Return [(tag, code)] of the page's Python blocks, for small images and few steps."""
     page = (ROOT / ".github/baselines.md").read_text("utf-8")
     page = page.replace("size, seed = 32, 0", "size, seed = 16, 0")
-    page = re.sub(r"\bsteps=\d+", "steps=2", page).replace("times=250", "times=25")
+    page = re.sub(r"\bsteps=\d+", "steps=2", page).replace("steps=250", "steps=25")
     return re.findall(r"```python (\w+)\n(.*?)```", page, re.DOTALL)
 
 
