@@ -27,10 +27,8 @@ import itertools
 import json
 import math
 import os
-import platform
 import sys
 import textwrap
-import time
 import zlib
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
@@ -103,9 +101,9 @@ class VPSDE:
 
     q(x_t|x) = N(α(t) x, σ(t)² I) is the paper's q(x_t|x_0), with ᾱ_t = α(t)². The bound and the
     samplers stop at t_min > 0, which is our choice. There σ = 0.0032, which is 0.4 of the step
-    between two gray levels of 8 bits (2/255 on [−1, 1]). Rounding to levels makes an error of
-    1/√12 = 0.29 of that step. Noise that is a little larger hides the levels, so a density gains
-    nothing from peaks at them.
+    between two 8-bit gray levels (2/255 on [−1, 1]). Rounding to these levels causes an RMS error
+    of 1/√12 = 0.29 of that step. Because σ is a little larger, it hides the levels, and a density
+    gains nothing from peaks at them.
     """
 
     beta_min: float = 0.1
@@ -147,13 +145,13 @@ class VPSDE:
 # ---- 3  Samplers (§4) ----------------------------------------------------------------------------
 
 # Both samplers start from x ~ N(0, I) at t = 1 and take num_steps steps. Each step evaluates
-# eps_model(x_t, t) -> ε̂ once, at a scalar time t. The last step is at t_min (if there are two or
-# more) and returns the denoised x̂0 = (x − σ ε̂)/α.
+# eps_model(x_t, t) -> ε̂ once, at a scalar time t. The last step is at t_min (if num_steps > 1)
+# and returns the denoised x̂0 = (x − σ ε̂)/α.
 
 def ddim(eps_model, x, sde, num_steps, eta=0.0):
     """DDIM (Song, Meng and Ermon 2021, Eqs. 12 and 16). x: (B, ...) -> (B, ...).
 
-    A step t → u puts back the noise σ_u (√(1 − r²) ε̂ + r n), of which n ~ N(0, I) is fresh:
+    A step t → u adds the noise σ_u (√(1 − r²) ε̂ + r n) to α_u x̂0, with fresh n ~ N(0, I) and
     r = η √(1 − α_t²/α_u²)/σ_t. The sampler is deterministic for η = 0 and ancestral for η = 1.
     Fresh noise lets the network correct its earlier errors. The times are quadratic, as in that
     paper for CIFAR-10, so that steps are short where the noise is low.
@@ -194,8 +192,8 @@ def euler_maruyama(eps_model, x, sde, num_steps):
 # ---- 4  Score matching as a log-likelihood bound (Eqs. 1 and 2) ----------------------------------
 
 def stratified(n, device=None):
-    """Return (n,) numbers, each uniform on [0, 1), together evenly spread: expectations stay the
-    same and variances fall."""
+    """Return (n,) numbers, each uniform on [0, 1) and jointly evenly spread, which leaves
+    expectations unchanged and lowers variances."""
     return (torch.rand((), device=device) + torch.randperm(n, device=device) / n) % 1
 
 
@@ -219,9 +217,9 @@ def append_dims(x, ndim):
 class Diffusion(nn.Module):
     """p(x|z) by denoising diffusion: the image decoder and, without z, the latent prior.
 
-    net(x_t, ℓ, z) -> v, like x_t, with ℓ: (B,) and z: (B, D) or None. Under every weighting the
-    network predicts the velocity v. shape: the shape of one x. num_steps: steps of the sampler, by
-    default those of the table. eta: η of DDIM.
+    net(x_t, ℓ, z) -> v, shaped like x_t, with ℓ: (B,) and z: (B, D) or None. Under every weighting
+    the network predicts the velocity v. shape: the shape of one x. num_steps: sampling steps, by
+    default those in the table. eta: η of DDIM.
 
                  weighting    λ(t) in Eq. 2   t uniform in   a bound, in nats   sampler, steps
     Diff-MVAE    likelihood   g(t)²           log-SNR ℓ      yes                Euler–Maruyama, 100
@@ -229,10 +227,10 @@ class Diffusion(nn.Module):
     Diff-MVAE*   v_mse        ∝ g² σ/α        angle φ        no, a surrogate    DDIM, 50
 
     where α = cos φ and σ = sin φ. Deviation: the paper gives Diff-MVAE* λ = 1. In Eq. 2 that would
-    weight small t even more than g² does. The works that the paper cites for it have λ = 1 on the
+    weight small t even more than g² does. The works that the paper cites for λ = 1 put it on the
     ε-loss of Eq. 1, which is "simple". "v_mse" has λ = 1 on the loss of the network's own output,
-    ‖v − v̂‖² = ‖ε − ε̂‖²/α² (Salimans and Ho 2022). Its training times matter as much: half of all
-    t have α² < 0.08, almost pure noise, so φ is uniform instead. Since dφ = g² α/(2σ) dt, "v_mse"
+    ‖v − v̂‖² = ‖ε − ε̂‖²/α² (Salimans and Ho 2022). With uniform t, half of all t would have
+    α² < 0.08, almost pure noise, so φ is uniform instead. Since dφ = g² α/(2σ) dt, "v_mse"
     minimizes ∫ g²/(2ασ) ‖ε − ε̂‖² dt. Eq. 2 has λ/σ² in that place, hence the table's λ.
     """
 
@@ -241,7 +239,7 @@ class Diffusion(nn.Module):
     def __init__(self, net, shape, sde=VPSDE(), weighting="likelihood", num_steps=None, eta=None):
         super().__init__()
         if weighting not in self.default_steps:
-            raise InputError(f"unknown weighting {weighting!r}: use {[*self.default_steps]}")
+            raise InputError(f"unknown weighting {weighting!r}: use one of {[*self.default_steps]}")
         self.net = net
         self.shape = tuple(shape)
         self.sde = sde
@@ -252,7 +250,7 @@ class Diffusion(nn.Module):
             self.sampler = euler_maruyama
 
     def predict_eps(self, x_t, z, t):
-        """ε̂ = σ x_t + α v, where the network's v is the velocity α ε − σ x. t: (B,) -> like x_t.
+        """ε̂ = σ x_t + α v, where v predicts the velocity α ε − σ x. t: (B,) -> shaped like x_t.
 
         Deviation: the paper does not say what its network outputs. Predicting v leaves Eqs. 1 and 2
         unchanged, starts (v = 0) as the exact denoiser of N(0, I), and keeps x̂0 finite at high
@@ -274,7 +272,7 @@ class Diffusion(nn.Module):
         return (eps - self.predict_eps(x_t, z, t)).square().flatten(1).sum(1)
 
     def sample_times(self, n, device):
-        """Return (n,) times on [t_min, 1], each uniform in the quantity that the table names."""
+        """Return (n,) times on [t_min, 1], uniform in the quantity in the table of Diffusion."""
         ell_1, ell_0 = self.sde.log_snr_range()
         u = stratified(n, device)
         if self.weighting == "likelihood":
@@ -298,9 +296,9 @@ class Diffusion(nn.Module):
 
         The integral is Eq. 2 with λ = g². Since g²/σ² = −dℓ/dt, it is ℓ(t_0) − ℓ(1) times the mean
         squared error at times uniform in ℓ. The surrogates are −½ E‖ε − ε̂‖² ("simple") and
-        −½ E‖v − v̂‖² = −½ E‖ε − ε̂‖²/α² ("v_mse"). Only tests pass t: (B,) and eps.
-        Deviation: of b, Eq. 5 has only the integral, and it adds it. The integral is at least 0 and
-        has no upper limit, so a lower bound on log p(x) must subtract it.
+        −½ E‖v − v̂‖² = −½ E‖ε − ε̂‖²/α² ("v_mse"). t, (B,), and eps are passed only by tests.
+        Deviation: Eq. 5 contains only the integral, with a plus sign. The integral is at least 0
+        and has no upper limit, so a lower bound on log p(x) must subtract it.
         """
         eps = torch.randn_like(x) if eps is None else eps
         t = self.sample_times(len(x), x.device).to(x.dtype) if t is None else t
@@ -328,14 +326,14 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, z=None, n=None, noise=None, sampler=None, num_steps=None):
-        """x ~ p(x|z), one for each row of z, (B, D), or n of them without z: (B, *shape).
+        """Sample x ~ p(x|z): z, (B, D) -> (B, *shape), or n samples without z -> (n, *shape).
 
-        noise: x_t at t = 1, (B, *shape). sampler, num_steps: to override those of the constructor.
+        noise: x_t at t = 1, (B, *shape). sampler, num_steps: override those of the constructor.
         """
         sampler = self.sampler if sampler is None else sampler
         num_steps = self.num_steps if num_steps is None else num_steps
         if noise is None:
-            like = next(self.parameters()) if z is None else z  # its device, its precision
+            like = next(self.parameters()) if z is None else z  # for device and dtype
             noise = like.new_empty(n if z is None else len(z), *self.shape).normal_()
 
         def eps_model(x_t, t):
@@ -363,7 +361,7 @@ class CalibratedGaussian(nn.Module):
 
 
 class FeedForwardDecoder(nn.Module):
-    """p(x|z) by one pass. net: z -> parameters; likelihood: parameters -> a torch distribution."""
+    """p(x|z) in one pass. net: z -> parameters; likelihood: parameters -> a torch distribution."""
 
     every_subset = True
 
@@ -386,20 +384,20 @@ class FeedForwardDecoder(nn.Module):
         """log p(x|z) in nats, summed over dimensions: (B, ...), (B, D) -> (B,)."""
         p = self.distribution(z)
         expected = p.batch_shape + p.event_shape
-        if x.shape != expected:  # torch would broadcast it
+        if x.shape != expected:  # torch would broadcast x
             raise InputError(f"x has shape {tuple(x.shape)}, but p(x|z) has {tuple(expected)}")
         return p.log_prob(x).reshape(len(z), -1).sum(1)
 
     def check_support(self, x, z):
-        """Refuse x outside the support of the likelihood, such as attributes −1/1 for a Bernoulli.
+        """Refuse x outside the likelihood's support, such as attributes of ±1 for a Bernoulli.
 
-        log_prob does not check this, because it would wait for the GPU in every step. Call it once,
-        before training, with the data and any z: (1, D).
+        log_prob does not check this, because the check would wait for the GPU in every step. Call
+        check_support once, before training, with the data and any z: (1, D).
         """
         support = self.distribution(z).support
         if not support.check(x).all():
             raise InputError(f"targets are outside {support}, the support of their likelihood: "
-                             "recode them, attributes for example as 0 and 1")
+                             "recode them (for example, attributes as 0 and 1)")
 
     @torch.no_grad()
     def sample(self, z):
@@ -433,14 +431,14 @@ class ELBO:
         return sum(terms) - self.beta * self.kl
 
     def terms(self, objective="ELBO"):
-        """{objective: total, "log p(x_i|z)" for each modality, "KL"}, all (B,). Call the objective
-        of a surrogate by another name than "ELBO"."""
+        """Return {objective: total, "log p(x_i|z)": its term, "KL": KL}, each (B,). objective: the
+        name of the total, which should not be "ELBO" for a surrogate."""
         log_prob = {f"log p({name}|z)": term for name, term in self.log_prob.items()}
         return {objective: self.total, **log_prob, "KL": self.kl}
 
 
 class DiffMVAE(nn.Module):
-    """The multimodal VAE of §3.2: {name: encoder}, {name: decoder} -> Eq. 5, any-to-any generation.
+    """The multimodal VAE of §3.2, built from {name: encoder} and {name: decoder}.
 
     An encoder maps x_i to (mu, logvar), each (B, D). A decoder has log_prob(x_i, z) -> (B,) in nats
     and sample(z) -> x_i. It has every_subset = True if it is cheap enough to decode all subsets in
@@ -490,7 +488,7 @@ class DiffMVAE(nn.Module):
         return kl_divergence(mu, logvar)  # (B, S)
 
     def reconstruction(self, decoder, x, z, every_subset):
-        """Σ_A ω_A log p(x|z_A), or an unbiased estimate of it: z: (B, S, D) -> (B,).
+        """Σ_A ω_A log p(x|z_A), or an unbiased estimate. z: (B, S, D) -> (B,).
 
         Cheap decoders decode every subset. The others decode one, chosen at random for each
         example, unless every_subset is true.
@@ -506,14 +504,14 @@ class DiffMVAE(nn.Module):
     def elbo(self, x, A=None, every_subset=False):
         """Eq. 5 for x, {name: (B, ...)}, as an ELBO. Each decoder runs once; the KL is exact.
 
-        A Gaussian's KL needs no decoder, so it is averaged over all subsets: a mean of bounds on
-        log p(x) is a bound, and there is no need to sample a term that can be summed. every_subset:
-        run every decoder for every subset. A: (M,) bool, to use this one subset instead of the
-        family.
+        A Gaussian's KL needs no decoder, so it is averaged over all subsets instead of being
+        estimated from random ones. The mean of the bounds for all A is itself a bound on log p(x).
+        every_subset: run every decoder for every subset. A: (M,) bool, one subset to use instead of
+        the family.
         """
         if A is not None and not (A.any() or self.prior_expert):
-            raise InputError("A is empty: only the prior expert allows an empty subset")
-        check_names(x, [*self.encoders, *self.decoders], "encoder or decoder")
+            raise InputError("A is empty: an empty subset of modalities needs prior_expert=True")
+        check_names(x, {**self.encoders, **self.decoders}, "encoder or decoder")
         family = self.subsets if A is None else A[None].to(self.subsets)  # (S, M)
         expert_mu, expert_logvar = self.experts({name: x[name] for name in self.encoders})
         mu, logvar = self.fuse(expert_mu[:, None], expert_logvar[:, None], family)  # (B, S, D)
@@ -533,17 +531,17 @@ def check_names(given, known, kind):
     """Refuse names in given that are not in known."""
     unknown = set(given) - set(known)
     if unknown:
-        raise InputError(f"no {kind} for {sorted(unknown)}: there are {list(known)}")
+        raise InputError(f"no {kind} for {sorted(unknown)}: choose from {list(known)}")
 
 
 # ---- 6  Latent prior (§3.4) ----------------------------------------------------------------------
 
 class LatentPrior(Diffusion):
-    """A diffusion on z_0 ~ q(z|x) = ∏_i q(z|x_i), the source of unconditional z.
+    """A diffusion model of z_0 ~ q(z|x) = ∏_i q(z|x_i), which generates unconditional z.
 
-    It is trained after the model, with the model fixed. shape: the layout of the D latents for net:
+    It is trained after the model, with the model fixed. shape: the shape in which net takes one z,
     (D,) for a ResidualMLP; (1, 16, 16) on CelebA and (1, 768) on CUB for the paper's UNets.
-    Deviation: the default weighting is "v_mse", the paper's is Eq. 1, "simple". Deviation: z is
+    Deviation: the default weighting is "v_mse"; the paper uses Eq. 1, "simple". Deviation: z is
     standardized; otherwise its scale would not fit the fixed noise schedule.
     """
 
@@ -574,7 +572,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in the precision of its input. Under autocast, torch's own would make a float32
+    """Group norm in the precision of its input. Under autocast, nn.GroupNorm would make a float32
     copy of every activation and keep it for the backward pass. There are at most 32 groups, of at
     least four channels if possible."""
 
@@ -584,7 +582,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x):
         if x.dtype == self.weight.dtype:
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):  # the kernel adds up in float32
+        with torch.autocast(x.device.type, enabled=False):  # the kernel accumulates in float32
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
@@ -597,7 +595,7 @@ def zero_init(layer):
 
 
 class LogSNREmbedding(nn.Sequential):
-    """ℓ, (B,), as sines and cosines of many frequencies, then two layers -> (B, size)."""
+    """Embed ℓ by sines and cosines of many frequencies and two linear layers: (B,) -> (B, size)."""
 
     def __init__(self, width, size):
         super().__init__(nn.Linear(2 * (width // 2), size), nn.SiLU(), nn.Linear(size, size))
@@ -628,8 +626,8 @@ class Attention(nn.Module):
 class ResBlock(nn.Module):
     """x + conv(silu(AdaGN(conv(silu(GN(x)))))), AdaGN(h) = (1 + s) GN(h) + b, s, b linear in e.
 
-    x: (B, c_in, ...) -> (B, c_out, ...). In the UNet it has e, (B, embedding), and attention if
-    heads > 0.
+    x: (B, c_in, ...) -> (B, c_out, ...). Only the UNet passes e, (B, embedding). Self-attention
+    follows if heads > 0.
     """
 
     def __init__(self, dims, c_in, c_out, embedding=0, dropout=0.0, heads=0):
@@ -665,7 +663,7 @@ class UNet(nn.Module):
     finest; the middle always has it. Inside the network one position is a patch of
     patch_size × patch_size pixels (Hoogeboom et al. 2023).
 
-    The way up takes back, last first, all activations that the way down has kept. With channel_mult
+    The up path concatenates the activations kept by the down path, last first. With channel_mult
     (1, 2) and num_res_blocks = 2 the channels, in multiples of model_channels, are:
 
         down   stem 1   block 1   block 1   halve 1   block 2   block 2
@@ -694,7 +692,7 @@ class UNet(nn.Module):
         self.stem = conv(inputs, model_channels, patch_size + 2, stride=patch_size, padding=1)
 
         c = model_channels
-        kept = [c]  # the channels of everything that forward keeps for the way up
+        kept = [c]  # the channels of the skip connections from down to up
         self.down = nn.ModuleList()
         for level, w in enumerate(widths):
             heads = num_heads if level in attention_levels else 0
@@ -783,7 +781,7 @@ class ResidualMLP(nn.Module):
 
 def widen_means(linear, factor=8):
     """Multiply the weights that give the means in an encoder's last layer by factor, so that z
-    starts about as wide as N(0, I): decoders then learn sooner what z tells them."""
+    starts about as wide as N(0, I) and decoders learn sooner to use it."""
     means, _ = linear.weight.data.chunk(2)
     means.mul_(factor)
     return linear
@@ -850,7 +848,7 @@ def mlp(*widths):
 # ---- 8  Variants: a baseline, and incomplete examples --------------------------------------------
 
 class MVTCAE(DiffMVAE):
-    """The baseline of Hwang et al. 2021 (Tables 1 to 3); it is not a bound on log p(x).
+    """The baseline of Hwang et al. 2021 (Tables 1 to 3). Its objective is not a bound on log p(x):
 
     (M − α)/M E[Σ_i log p(x_i|z)] − (1 − α) KL(q ‖ p(z)) − α/M Σ_i KL(q ‖ q(z|x_i)),  q = q(z|x)
 
@@ -889,7 +887,7 @@ class IncompleteDiffMVAE(DiffMVAE):
 
     def present(self, x, observed):
         """Return which of the encoders' modalities in x each example has: (B, M) bool."""
-        check_names(observed, [*self.encoders, *self.decoders], "encoder or decoder")
+        check_names(observed, {**self.encoders, **self.decoders}, "encoder or decoder")
         present = torch.stack([observed[name] for name in self.encoders if name in x], dim=1)
         if not present.any(1).all():
             raise InputError("an example has no observed modality: leave it out")
@@ -906,7 +904,7 @@ class IncompleteDiffMVAE(DiffMVAE):
         observed_ones = self.present(x, observed)[:, None]  # (B, 1, M)
         present = self.subsets & observed_ones  # (B, S, M)  A ∩ observed
         kept = present.any(-1)  # (B, S)
-        present = torch.where(kept[..., None], present, observed_ones)  # any product; its ω_A is 0
+        present = torch.where(kept[..., None], present, observed_ones)  # placeholder, as ω_A is 0
         mu, logvar = self.experts({name: x[name] for name in self.encoders})
         mu, logvar = self.fuse(mu[:, None], logvar[:, None], present)  # (B, S, D)
         omega = kept.to(mu) / kept.sum(1, keepdim=True)  # (B, S)  ω_A
@@ -951,20 +949,20 @@ def save_atomically(path, state):
 
 @torch.no_grad()
 def update_ema(ema_model, model, decay):
-    """ema ← decay · ema + (1 − decay) · model; buffers, as batch norm has them, are copied."""
+    """ema ← decay · ema + (1 − decay) · model; buffers, such as those of batch norm, are copied."""
     torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
     for average, buffer in zip(ema_model.buffers(), model.buffers()):
         average.copy_(buffer)
 
 
-def fit(s, stage, model, learning_rate, terms, n, trained_on, on_checkpoint=lambda ema_model: {}):
+def fit(s, stage, model, learning_rate, terms, n, trained_on, evaluate, preview):
     """Train model with Adam and return its exponential moving average (EMA).
 
     stage: "model" or "prior". learning_rate(name) -> peak learning rate of a parameter. terms(i) ->
-    {name: (B,)} for a batch of indices i < n: the mean of the first is maximized, the others are
-    logged. trained_on: {input: checksum}. After each checkpoint, s.out/stage.pt,
-    on_checkpoint(ema_model) -> {column: number} adds to the history. A stopped run resumes there
-    and ends with the same weights bit for bit, because (seed, stage, step) seeds each step.
+    {name: (B,)} for a batch of indices i < n; the mean of the first term is maximized, and all are
+    logged. trained_on: {input: checksum}. At each checkpoint (s.out/stage.pt), evaluate(ema_model)
+    -> {"test " + column: number} is logged, too, and preview(ema_model) is called. A stopped run
+    resumes there; on a CPU, because (seed, stage, step) seeds each step, it ends bit-identical.
     """
     steps = s.steps if stage == "model" else s.prior_steps
     batch_size = s.batch_size if stage == "model" else s.prior_batch_size
@@ -1006,15 +1004,16 @@ def fit(s, stage, model, learning_rate, terms, n, trained_on, on_checkpoint=lamb
             row = dict(zip(means, torch.stack(recent).mean(0).tolist()))  # waits for the GPU
             recent = []
             if not all(map(math.isfinite, row.values())):
-                raise FloatingPointError(f"not finite in step {done}, checkpoint not saved: {row}")
+                raise FloatingPointError(f"diverged: not finite in step {done}, not saved: {row}")
             bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
             history.append({"step": done, **row})
         if save:
+            history[-1].update(evaluate(ema_model))
             state = {name: part.state_dict() for name, part in parts.items()}
             state.update(step=done, finished=done == steps, history=history)
             save_atomically(path, {**state, "settings": asdict(s), "trained_on": trained_on})
-            history[-1].update(on_checkpoint(ema_model))
             save_history(path, history)
+            preview(ema_model)
     return ema_model
 
 
@@ -1039,18 +1038,18 @@ def train_model(s, data, model, get_batch, preview):
         return model.elbo(random_flip(x) if s.mirror else x).terms(s.objective)
 
     @torch.no_grad()
-    def on_checkpoint(ema_model):
-        preview(ema_model)
+    def evaluate(ema_model):
         torch.manual_seed(s.seed)  # the same noise at every checkpoint
-        x = get_batch({name: value[:256] for name, value in data["test"].items()})
-        return {f"test {s.objective}": ema_model.elbo(x).total.mean().item()}
+        pieces = batches({k: x[:256] for k, x in data["test"].items()}, "test", s.batch_size)
+        totals = torch.cat([ema_model.elbo(get_batch(piece)).total for piece in pieces])
+        return {f"test {s.objective}": totals.mean().item()}
 
     diffusion = tuple(f"decoders.{name}." for name, decoder in model.decoders.items()
                       if isinstance(decoder, Diffusion))
     n, trained_on = len(data["train"]["image"]), {"data_checksum": checksum(data["train"])}
     return fit(s, "model", model,
                lambda name: s.diffusion_lr if name.startswith(diffusion) else s.vae_lr,
-               terms, n, trained_on, on_checkpoint)
+               terms, n, trained_on, evaluate, preview)
 
 
 def train_prior(s, examples, model, prior, get_batch):
@@ -1065,7 +1064,8 @@ def train_prior(s, examples, model, prior, get_batch):
         return {"surrogate": prior.log_prob(sample_gaussian(mu[i], logvar[i]))}
 
     trained_on = {"model_checksum": checksum(model.state_dict())}
-    return fit(s, "prior", prior, lambda name: s.prior_lr, terms, len(mu), trained_on)
+    return fit(s, "prior", prior, lambda name: s.prior_lr, terms, len(mu), trained_on,
+               evaluate=lambda ema_model: {}, preview=lambda ema_model: None)
 
 
 def random_flip(x):
@@ -1117,7 +1117,7 @@ def evaluate_elbo(model, test, get_batch):
 
 
 def frechet_distance(a, b):
-    """‖m_a − m_b‖² + tr(C_a + C_b − 2 (C_a C_b)^½) for features (N, d); FID for Inception's."""
+    """‖m_a − m_b‖² + tr(C_a + C_b − 2 (C_a C_b)^½) of features, (N, d); FID if from Inception."""
     a, b = a.cpu().double(), b.cpu().double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # eigenvalues are ≥ 0
@@ -1138,21 +1138,20 @@ def sharpness(images):
 def evaluate_images(evaluator, generated, real, coherence):
     """Return {condition: {metric: value}} for generated, {condition: {"image": (n, 3, H, W), ...}}.
 
-    "fd" is the Fréchet distance to real images, (N, 3, H, W), of features that the evaluator, a
-    Supervised model, computes: the means of its q(z|image). They hardly see blur, unlike
-    "sharpness", relative to real images. coherence(features, x) -> {metric: value} adds metrics.
+    "fd" is the Fréchet distance to real, (N, 3, H, W), of the means of q(z|image) of evaluator, a
+    Supervised model. They hardly register blur; "sharpness", relative to real images, measures it.
+    coherence(features, x) -> {metric: value} adds metrics.
     """
     def features(images):
         pieces = batches({"image": images}, "features")
         return torch.cat([evaluator.posterior(piece)[0] for piece in pieces])  # (N, D)
 
     real_z, real_sharpness = features(real), sharpness(real)
-    table = {}
+    rows = {}
     for condition, x in generated.items():
-        z, relative = features(x["image"]), sharpness(x["image"]) / real_sharpness
-        fd = frechet_distance(z, real_z)
-        table[condition] = {"fd": fd, "sharpness": relative, **coherence(z, x)}
-    return table
+        z, ratio = features(x["image"]), sharpness(x["image"]) / real_sharpness
+        rows[condition] = {"fd": frechet_distance(z, real_z), "sharpness": ratio, **coherence(z, x)}
+    return rows
 
 
 def save_grid(path, rows, captions={}, side=64):
@@ -1181,7 +1180,7 @@ def save_grid(path, rows, captions={}, side=64):
 
 
 def save_history(path, history):
-    """Save [{"step": ..., column: number}] as CSV, and as curves in a PNG (red on the test set)."""
+    """Save [{"step": ..., column: number}] as CSV and as curves in a PNG (test set in red)."""
     names = list(dict.fromkeys(name for row in history for name in row))
     with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
@@ -1191,7 +1190,8 @@ def save_history(path, history):
     sheet = Image.new("RGB", (600, 120 * len(columns)), "white")
     draw, last = ImageDraw.Draw(sheet), history[-1]["step"]
     for k, column in enumerate(columns):
-        late = [row[column] for row in history if row["step"] > last / 10]
+        late = [row[name] for row in history if row["step"] > last / 10
+                for name in (column, f"test {column}") if name in row]
         low, high = min(late), max(late)  # the range of the panel
         scale = 90 / max(high - low, 1e-12)
         draw.text((6, 120 * k + 4), f"{column}, from {low:.4g} to {high:.4g}, {last} steps", "gray")
@@ -1205,55 +1205,53 @@ def save_history(path, history):
 # ---- 11  What both scripts share: settings, networks, results, files -----------------------------
 
 def option(help, *presets, choices=None):
-    """Return a field of Settings. presets: one default, or those for synthetic, real, small data.
-    """
-    presets = {0: (None, None, None), 1: 3 * presets, 3: presets}[len(presets)]
+    """Return a field of Settings. presets: one default, or three: synthetic, real, --small."""
+    presets = presets if len(presets) == 3 else 3 * presets
     return field(default=None, metadata={"help": help, "presets": presets, "choices": choices})
 
 
 @dataclass
 class Settings:
-    """The settings of a run. None stands for the default, which is filled in once: checkpoints and
-    results.json hold resolved values, and dataclasses.replace carries them along."""
+    """The settings of a run. None stands for the default and is replaced by it at construction, so
+    checkpoints, results.json and dataclasses.replace all hold resolved values."""
 
-    data: str = option("folder of the real data; without it, data are synthetic", "")
+    data: str = option("folder with the real data; if omitted, data are synthetic", "")
     small: bool = option("use the presets for real data on a CPU", False)
-    out: str = option("folder for checkpoints, results and figures")
+    out: str = option("folder for checkpoints, results and figures", None)
     evaluator: str = option("folder of a Supervised run that evaluates generated images", "")
     seed: int = option("random seed", 0)
     device: str = option("torch device", "cuda" if torch.cuda.is_available() else "cpu")
-    compile: bool = option("compile the networks; by default only on CUDA", False, True, False)
-    image_size: int = option("height and width of the images in pixels")
-    steps: int = option("training steps of the model")
-    batch_size: int = option("batch size of the model")
-    weighting: str = option("likelihood: Diff-MVAE, a bound; simple, v_mse: Diff-MVAE*, surrogates",
+    compile: bool = option("compile the UNet and convolutional networks", False, True, False)
+    image_size: int = option("height and width of the images in pixels", None)
+    steps: int = option("training steps of the model", None)
+    batch_size: int = option("batch size of the model", None)
+    weighting: str = option("image loss; likelihood: Diff-MVAE, a bound; others: Diff-MVAE*",
                             "v_mse", "simple", "v_mse", choices=("likelihood", "simple", "v_mse"))
-    family: str = option("training subsets", "mopoe", choices=("mopoe", "mvae", "mmvae", "mvtcae"))
+    family: str = option("family of subsets", "mopoe", choices=("mopoe", "mvae", "mmvae", "mvtcae"))
     decoder: str = option("image decoder; feedforward: the baseline MoPoE*; none: Supervised",
                           "diffusion", choices=("diffusion", "feedforward", "none"))
-    beta: float = option("weight of the KL; 1 by default if all terms are in nats", 0.01)
-    log_prob_weight: float = option("weight of log p(attributes|z) or log p(caption|z); by "
-                                    "default 1 if all terms are in nats")
-    latent_dim: int = option("dimensions of z")
+    beta: float = option("weight of the KL; 1 if all terms are in nats, 0 for Supervised", 0.01)
+    log_prob_weight: float = option("weight of log p(attributes or caption|z); 1 for bounds", None)
+    latent_dim: int = option("dimensions of z", None)
     mirror: bool = option("flip half of the images horizontally, with masks", False, False, True)
     patch_size: int = option("patch size of the UNet in pixels", 2, 1, 2)
-    model_channels: int = option("base channels of the UNet, a multiple of 8")
-    channel_mult: list = option("channel multipliers of the UNet, one for each level")
+    model_channels: int = option("base channels of the UNet, a multiple of 8", None)
+    channel_mult: list = option("channel multipliers of the UNet, one for each level", None)
     attention_resolutions: list = option("resolutions with attention in the UNet", [], [8], [])
     dropout: float = option("dropout of the UNet", 0.0, 0.1, 0.0)
     encoder_channels: int = option("base channels of the image encoder", 16, 64, 8)
     diffusion_lr: float = option("learning rate of the diffusion decoder", 1e-3, 1e-4, 1e-3)
-    vae_lr: float = option("learning rate of the rest of the model")
+    vae_lr: float = option("learning rate of the rest of the model", None)
     ema_decay: float = option("decay of the EMA of the weights", 0.995, 0.9999, 0.999)
     prior_net: str = option("network of the latent prior", "mlp", choices=("mlp", "unet"))
     prior_steps: int = option("training steps of the latent prior", 4000, 10_000, 4000)
     prior_batch_size: int = option("batch size of the latent prior", 256)
     prior_lr: float = option("learning rate of the latent prior", 2e-3, 1e-3, 2e-3)
-    sampling_steps: int = option("sampling steps for images; 100 by default for likelihood", 50)
-    eta: float = option("η of DDIM, 0 (deterministic) to 1; not for likelihood", 1.0)
-    num_samples: int = option("images for each row of the tables", 256, 6000, 256)
+    sampling_steps: int = option("sampling steps for images; 100 if --weighting likelihood", 50)
+    eta: float = option("η of DDIM, 0 (deterministic) to 1; not with --weighting likelihood", 1.0)
+    num_samples: int = option("generated images for each condition", 256, 6000, 256)
 
-    presets = {}  # {name: three presets}, from the scripts
+    presets = {}  # {name: three defaults}, from the scripts, in place of those above
     may_differ = ("data", "small", "out", "evaluator", "device", "compile", "sampling_steps", "eta",
                   "num_samples")  # between a checkpoint and the run that resumes it
 
@@ -1267,7 +1265,7 @@ class Settings:
         chosen = {**defaults, **given}
         likelihood = chosen["weighting"] == "likelihood"
         in_nats = {"diffusion": likelihood, "feedforward": True, "none": False}[chosen["decoder"]]
-        if in_nats:  # the term of the image is, as those of all other modalities are
+        if in_nats:  # the image term is in nats, as all others are
             defaults.update(beta=1.0, log_prob_weight=1.0)
         if chosen["decoder"] == "none":
             defaults["beta"] = 0.0
@@ -1282,10 +1280,10 @@ class Settings:
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 raise InputError(f"{f.name} is {value!r}: choose from {f.metadata['choices']}")
             setattr(self, f.name, value)
-        if not (min(self.beta, self.log_prob_weight) >= 0 and 0 <= self.ema_decay < 1
-                and min(self.diffusion_lr, self.vae_lr, self.prior_lr) > 0
+        if not (self.beta >= 0 and self.log_prob_weight >= 0 and 0 <= self.ema_decay < 1
+                and self.diffusion_lr > 0 and self.vae_lr > 0 and self.prior_lr > 0
                 and self.num_samples >= 2 and (self.eta is None or 0 <= self.eta <= 1)):
-            raise InputError(f"a setting is out of its range: {self}")
+            raise InputError(f"a weight, rate, decay, eta or num_samples is out of range: {self}")
         self.is_bound = in_nats and self.family != "mvtcae"  # if beta and all weights are 1
         unweighted = self.beta == self.log_prob_weight == 1
         self.objective = "ELBO" if self.is_bound and unweighted else "surrogate"
@@ -1296,10 +1294,10 @@ class Settings:
         parser = ArgumentParser(description=description, argument_default=SUPPRESS,
                                 formatter_class=RawDescriptionHelpFormatter)
         for f in fields(cls):
-            kinds = {bool: {"action": BooleanOptionalAction}, list: {"type": int, "nargs": "*"}}
-            flag = kinds.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
+            flags = {bool: {"action": BooleanOptionalAction}, list: {"type": int, "nargs": "*"}}
+            flag = flags.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
             presets = cls.presets.get(f.name, f.metadata["presets"])
-            help = f.metadata["help"] + " (default: {}; real: {}; --small: {})".format(*presets)
+            help = f.metadata["help"] + " (default {!r}, real {!r}, --small {!r})".format(*presets)
             parser.add_argument("--" + f.name.replace("_", "-"), help=help, **flag)
         return cls(**vars(parser.parse_args()))
 
@@ -1307,13 +1305,14 @@ class Settings:
         """Refuse a checkpoint of other settings, other data or, for a prior, another model."""
         before, now = {**state["settings"], **state["trained_on"]}, {**asdict(self), **trained_on}
         for name in sorted(now.keys() - self.may_differ):
-            if before.get(name) != now[name] and not (stage == "model" and name[:6] == "prior_"):
-                raise InputError(f"{self.out}/{stage}.pt is of another run, with {name} "
-                                 f"{before.get(name)!r} and not {now[name]!r}: choose another --out")
+            of_prior_only = name.startswith("prior_") and stage == "model"
+            if before.get(name) != now[name] and not of_prior_only:
+                raise InputError(f"{self.out}/{stage}.pt has {name} {before.get(name)!r}, not "
+                                 f"{now[name]!r}: move it away, or choose another --out")
 
 
 def main(run, settings_class, description):
-    """Run a script with the command line's settings; errors that the user can fix are one line."""
+    """Run a script with the command line's settings; print an error that the user can fix."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     try:
         run(settings_class.parse(description))
@@ -1326,7 +1325,7 @@ def main(run, settings_class, description):
 
 
 def image_networks(s):
-    """Return the encoder and the decoder of images, which is None for Supervised."""
+    """Return the image encoder and the image decoder (None for Supervised)."""
     decoder = None
     if s.decoder == "feedforward":
         net = ConvDecoder(3, s.image_size, s.latent_dim, s.encoder_channels)
@@ -1342,29 +1341,28 @@ def image_networks(s):
 
 
 def build_pair(s, encoders, decoders, log_prob_weights, layout):
-    """Return the untrained model and latent prior (§3.4), or None for that of Supervised. layout: a
-    shape for the latents in the paper's UNet."""
+    """Return the untrained model and latent prior (§3.4; None for Supervised). layout: the shape of
+    one z in the paper's UNet."""
+    variant = MVTCAE if s.family == "mvtcae" else partial(DiffMVAE, family=s.family)
+    prior = None
     if s.decoder == "none":
         encoders = {"image": encoders["image"]}
         decoders = {name: decoder for name, decoder in decoders.items() if name != "image"}
-        return DiffMVAE(encoders, decoders, s.family, s.beta, log_prob_weights), None
-    if s.family == "mvtcae":
-        model = MVTCAE(encoders, decoders, beta=s.beta, log_prob_weights=log_prob_weights)
+    elif s.prior_net == "mlp":
+        prior = LatentPrior(ResidualMLP(s.latent_dim, 256, 4), (s.latent_dim,), eta=s.eta)
     else:
-        model = DiffMVAE(encoders, decoders, s.family, s.beta, log_prob_weights)
-    if s.prior_net == "mlp":
-        return model, LatentPrior(ResidualMLP(s.latent_dim, 256, 4), (s.latent_dim,), eta=s.eta)
-    unet = UNet(len(layout), 1, layout[0], s.model_channels, (1, 2))
-    return model, LatentPrior(unet, (1, *layout), eta=s.eta)
+        unet = UNet(len(layout), 1, layout[0], s.model_channels, (1, 2))
+        prior = LatentPrior(unet, (1, *layout), eta=s.eta)
+    return variant(encoders, decoders, beta=s.beta, log_prob_weights=log_prob_weights), prior
 
 
 def load_run(out, settings_class, build, device="cpu"):
-    """Return the trained (model, prior) of the finished run in out. build(settings): untrained."""
+    """Return the trained (model, prior) of the finished run in out. build(s) -> untrained pair."""
     states = [torch.load(Path(out) / "model.pt", "cpu", weights_only=True)]
     if states[0]["settings"]["decoder"] != "none":
         states.append(torch.load(Path(out) / "prior.pt", "cpu", weights_only=True))
         if states[1]["trained_on"]["model_checksum"] != checksum(states[0]["ema"]):
-            raise InputError(f"{out}: prior.pt was trained on another model than model.pt")
+            raise InputError(f"{out}/prior.pt is of another model: move it away and train it again")
     with torch.random.fork_rng():
         pair = build(settings_class(**{**states[-1]["settings"], "device": device}))
     for part, state in zip(pair, states):
@@ -1376,16 +1374,16 @@ def load_run(out, settings_class, build, device="cpu"):
 
 
 def load_evaluator(s, load):
-    """Return load(s.evaluator); refuse it if it is not Supervised, on this data at this size."""
+    """Return load(s.evaluator), which must be Supervised, on the same data and image size."""
     was = torch.load(Path(s.evaluator) / "model.pt", "cpu", weights_only=True)["settings"]
     known = was["decoder"], was["image_size"], Path(was["data"]).name
     if known != ("none", s.image_size, Path(s.data).name):
-        raise InputError(f"{s.evaluator} is not a run of --decoder none with this data and size")
+        raise InputError(f"{s.evaluator} is not a --decoder none run of this data and image_size")
     return load(s.evaluator, s.device)
 
 
 def save_results(s, tables):
-    """Save the settings and {title: {row: {column: number}}} in s.out/results.json; print these."""
+    """Save settings and tables, {title: {row: {column: number}}}, in results.json; print tables."""
     text = json.dumps({"settings": asdict(s), "tables": tables}, indent=1, allow_nan=False)
     Path(s.out, "results.json").write_text(text, "utf-8")
     named = {"f1": "F1", "elbo": "Eq. 5", "fd": "FD ↓", "clip": "CLIP"}
@@ -1399,7 +1397,7 @@ def save_results(s, tables):
 
 
 def read_lines(path):
-    """Return the lines of a UTF-8 file, with or without a byte-order mark, that are not blank."""
+    """Return the non-blank lines of a UTF-8 file, with or without a byte-order mark."""
     return [line for line in path.read_text("utf-8-sig", "replace").split("\n") if line.strip()]
 
 
@@ -1407,8 +1405,8 @@ def open_image(path, mode):
     """Return the image in a file in PIL's mode "RGB" or "L", with its EXIF orientation applied."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode[0] in "IF":
-            raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+        if image.mode[0] in "IF" or image.has_transparency_data:
+            raise ValueError(f"mode {image.mode} has transparency or more than 8 bits per channel")
         return image.convert(mode)
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
         raise InputError(f"{path} cannot be read as an 8-bit image: {error}") from error
@@ -1424,5 +1422,5 @@ def decode_cached(cache, read, names):
         try:
             save_atomically(cache, saved)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError where it cannot write
-            print(f"Warning: the images will be decoded again in each run: {error}")
+            print(f"Warning: the decoded images could not be cached: {error}")
     return saved["arrays"]

@@ -1,6 +1,6 @@
-"""Tests of the mathematics against independent truths, and of the scripts as a user runs them.
+"""Tests of the mathematics against independent references, and of the scripts as a user runs them.
 
-The independent truths are grids, quadrature, recursions and closed forms. To average a quadratic
+The references are grids, quadrature, recursions and closed forms. To average a quadratic
 function of a standard normal exactly, two points per dimension, ±1, are enough.
 """
 
@@ -587,7 +587,7 @@ def test_a_weight_of_no_decoder_is_refused(model):
     parts = {"a": nn.Identity(), "b": nn.Identity()}, {"a": nn.Identity()}
     model(*parts, log_prob_weights={"a": 2})
     for name in ("b", "A"):  # b has no decoder
-        with refused(rf"no decoder for \['{name}'\]: there are \['a'\]"):
+        with refused(rf"no decoder for \['{name}'\]: choose from \['a'\]"):
             model(*parts, log_prob_weights={"a": 2, name: 3})
 
 
@@ -702,7 +702,7 @@ def test_any_subset_generates_everything(quick):
     with refused("no encoder for"):
         model.posterior({"text": x["mask"]})
     for one in (model, celeba.build(tiny(family="mvtcae"))[0]):
-        with refused("no encoder or decoder for ..text..: there are"):
+        with refused("no encoder or decoder for ..text..: choose from"):
             one.elbo({**x, "text": x["mask"]})
     with refused("A is empty"):
         model.elbo(x, A=torch.zeros(3, dtype=torch.bool))
@@ -939,7 +939,7 @@ def test_an_example_without_observed_modality_is_refused(prior_expert):
     for f in (model.elbo, model.posterior):
         with refused("an example has no observed modality"):
             f(x, nowhere)
-    with refused("no encoder or decoder for ..labels..: there are"):
+    with refused("no encoder or decoder for ..labels..: choose from"):
         model.elbo(x, {**nowhere, "labels": nowhere["a"]})
 
 
@@ -972,11 +972,12 @@ def toy_settings(out, **changes):
     return celeba.Settings(out=out, **dict(steps=40, batch_size=4, device="cpu") | changes)
 
 
-def toy_fit(model, terms, s, n=20, stage="model", trained_on={}, **options):
-    return dm.fit(s, stage, model, lambda name: 1e-2, terms, n, trained_on, **options)
+def toy_fit(model, terms, s, n=20, stage="model", trained_on={}, evaluate=lambda ema_model: {},
+            preview=lambda ema_model: None):
+    return dm.fit(s, stage, model, lambda name: 1e-2, terms, n, trained_on, evaluate, preview)
 
 
-def toy(out, size=1.0, stop_at=None, on_checkpoint=lambda ema_model: {}, trained_on={}, **changes):
+def toy(out, size=1.0, stop_at=None, preview=lambda ema_model: None, **changes):
     """Fit a line of numbers, with dropout, so that every step needs its own random numbers.
 
     size scales a term that is only logged. stop_at: press Ctrl-C in that step.
@@ -991,8 +992,8 @@ def toy(out, size=1.0, stop_at=None, on_checkpoint=lambda ema_model: {}, trained
         x = data[i]
         return {"fit": -(model(x) - x[:, :1]).square()[:, 0], "size": size * x[:, 0]}
 
-    s = toy_settings(out, **changes)
-    ema_model = toy_fit(model, terms, s, on_checkpoint=on_checkpoint, trained_on=trained_on)
+    evaluate = lambda ema_model: {"test fit": ema_model(data).mean().item()}
+    ema_model = toy_fit(model, terms, toy_settings(out, **changes), evaluate=evaluate, preview=preview)
     return [p.clone() for p in (*model.parameters(), *ema_model.parameters())]
 
 
@@ -1017,7 +1018,7 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
     assert saved_in(tmp_path / "whole")["step"] == 40 and not list(tmp_path.rglob("*.tmp"))
     assert read_history(tmp_path / "whole") == read_history(tmp_path / "parts")
-    again = toy(tmp_path / "whole", on_checkpoint=lambda ema_model: pytest.fail("it is finished"))
+    again = toy(tmp_path / "whole", preview=lambda ema_model: pytest.fail("it is finished"))
     assert all(torch.equal(a, b) for a, b in zip(whole, again))
 
 
@@ -1103,11 +1104,11 @@ def test_history_holds_the_means_since_the_row_before(tmp_path, monkeypatch):
         seen.append(x[i, 0].mean().item())
         return {"fit": -model(x[i])[:, 0].square(), "first": x[i, 0]}
 
-    def on_checkpoint(ema_model):
+    def preview(ema_model):
         assert not ema_model.training and saved_in(tmp_path)["step"] == len(seen)
-        return {"test fit": len(seen)}
 
-    toy_fit(model, terms, toy_settings(tmp_path, steps=50), on_checkpoint=on_checkpoint)
+    s, evaluate = toy_settings(tmp_path, steps=50), lambda ema_model: {"test fit": len(seen)}
+    toy_fit(model, terms, s, evaluate=evaluate, preview=preview)
     rows = read_history(tmp_path)
     assert [row["step"] for row in rows] == [20, 25, 40, 50]
     for row, (start, end) in zip(rows, itertools.pairwise([0, 20, 25, 40, 50])):
@@ -1127,30 +1128,22 @@ def test_a_checkpoint_of_other_settings_data_or_model_is_refused(tmp_path):
         run(stage)
         for irrelevant in (dict(num_samples=9), dict(eta=0.5), dict(evaluator="x")):
             run(stage, **irrelevant)
-        with refused(f"{stage}.pt is of another run, with seed 0 and not 3: choose another --out"):
+        with refused(f"{stage}.pt has seed 0, not 3: move it away, or choose another"):
             run(stage, seed=3)
-        with refused("with checksum 1 and not 2"):
+        with refused("has checksum 1, not 2"):
             run(stage, trained_on=2)
     run("model", prior_steps=3)
-    with refused("with prior_steps 2 and not 3"):
+    with refused("has prior_steps 2, not 3"):
         run("prior", prior_steps=3)
-
-
-class Malicious:
-    """An object that would create the file "executed" if it was unpickled with code allowed."""
-
-    def __reduce__(self):
-        return Path("executed").touch, ()
 
 
 def test_code_in_a_checkpoint_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(Malicious(), "model.pt")
+    torch.save(print, "model.pt")  # to load a function is to import its module
     optimus = lambda: cub.load_optimus("model.pt", None, None)
     for use in (lambda: toy("."), lambda: celeba.load("."), optimus):
         with pytest.raises(Exception, match="Weights only load failed"):
             use()
-    assert not Path("executed").exists()
 
 
 def test_the_checksum_depends_on_every_example():
@@ -1249,17 +1242,17 @@ def test_save_grid(tmp_path):
 
 
 def test_save_history(tmp_path):
-    """A rising curve goes from bottom left to top right of its panel; the test set is red."""
+    """The panel of a curve that rises to 100, with 200 on the test set, in red, from step 50."""
     history = [{"step": k, "up": float(k), "flat": 1.0} for k in range(1, 101)]
-    history[0]["up"], history[99]["test up"] = -1e6, 50.0  # at first outside the panel's range
-    history[49]["test up"] = 50.0
+    history[0]["up"] = -1e6  # outside the panel's range, which early steps do not widen
+    history[49]["test up"] = history[99]["test up"] = 200.0
     dm.save_history(tmp_path / "x.pt", history)
-    assert (tmp_path / "x.csv").read_text().splitlines()[50] == "50,50.0,1.0,50.0"
+    assert (tmp_path / "x.csv").read_text().splitlines()[50] == "50,50.0,1.0,200.0"
     panel = np.asarray(Image.open(tmp_path / "x.png")).astype(int)[20:118]
     row, column = np.nonzero(panel.sum(-1) == 0)  # black
-    assert row[column < 60].min() > 80 and row[column > 570].max() < 15
+    assert row[column < 60].min() > 80 and 40 < row[column > 570].min() < 60
     row, column = np.nonzero((panel[..., 0] > 200) & (panel[..., 1] < 50))
-    assert (column.min(), column.max()) == (295, 590) and abs(np.median(row) - 55) < 5
+    assert (column.min(), column.max()) == (295, 590) and row.max() < 15
 
 
 def test_evaluate_elbo_where_the_evidence_is_known():
@@ -1300,14 +1293,14 @@ def test_the_command_line_gives_settings(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cub.Settings.parse("what it does")
     said = " ".join(capsys.readouterr().out.split())
-    assert "what it does" in said and "(default: 5000; real: 94000; --small: 20000)" in said
+    assert "what it does" in said and "(default 5000, real 94000, --small 20000)" in said
 
 
 @pytest.mark.parametrize("name, value, message", [
-    ("beta", -1.0, "out of its range"), ("log_prob_weight", -1.0, "out of its range"),
-    ("vae_lr", 0.0, "out of its range"), ("diffusion_lr", math.nan, "out of its range"),
-    ("ema_decay", 1.0, "out of its range"), ("num_samples", 1, "out of its range"),
-    ("eta", 1.5, "out of its range"), ("weighting", "velo", "choose from .'likelihood', '"),
+    ("beta", -1.0, "out of range"), ("log_prob_weight", -1.0, "out of range"),
+    ("vae_lr", 0.0, "out of range"), ("diffusion_lr", math.nan, "out of range"),
+    ("ema_decay", 1.0, "out of range"), ("num_samples", 1, "out of range"),
+    ("eta", 1.5, "out of range"), ("weighting", "velo", "choose from .'likelihood', '"),
     ("prior_net", "cnn", "choose from .'mlp', 'unet'"), ("text", "big", "choose from .'small'"),
 ])
 def test_nonsense_is_refused(name, value, message):
@@ -1322,8 +1315,6 @@ def test_the_bound_has_no_eta():
         model, prior = celeba.build(tiny(**options))
         ddim = [prior.sampler] + [model.decoders["image"].sampler] * ("weighting" not in options)
         assert [(s.func, s.keywords["eta"]) for s in ddim] == [(dm.ddim, eta)] * len(ddim)
-        if "weighting" in options:
-            assert model.decoders["image"].sampler is dm.euler_maruyama
 
 
 def test_paths_and_numpy_numbers_are_settings(tmp_path, quick):
@@ -1353,7 +1344,11 @@ def test_defaults():
     presets = lambda s: (s.image_size, s.weighting, s.compile, s.mirror)
     assert presets(real) == (128, "simple", True, False)
     assert presets(small) == (64, "v_mse", False, False)
-    assert celeba.Settings(**asdict(small)) == small
+    ten, mvtcae = {"attributes": 10}, approx({"image": 0.7, "mask": 0.7, "attributes": 7.0})
+    for options, beta, weights in (({}, 0.01, ten), (dict(decoder="none", family="mvae"), 0, ten),
+                                   (dict(family="mvtcae"), 0.01, mvtcae)):
+        model, _ = celeba.build(tiny(**options))
+        assert (model.beta, model.log_prob_weights) == (beta, weights)
 
 
 def test_the_unet_attends_where_it_is_told():
@@ -1383,8 +1378,9 @@ def test_training_batches_are_mirrored_and_the_test_objective_is_not(tmp_path, m
         model = dm.train_model(s, data, celeba.build(s)[0], celeba.get_batch, previews.append)
         assert flipped == batches and previews.pop() is model
     torch.manual_seed(s.seed)
+    batch = lambda k: celeba.get_batch(data["test"], slice(4 * k, 4 * k + 4))
     with torch.no_grad():
-        total = model.elbo(celeba.get_batch(data["test"])).total.mean().item()
+        total = np.mean([model.elbo(batch(k)).total.mean().item() for k in range(3)])
     assert read_history(s.out)[0]["test surrogate"] == approx(total, rel=1e-5)
 
 
@@ -1398,7 +1394,7 @@ def test_only_a_supervised_run_on_the_same_data_and_size_evaluates(tmp_path, wro
     saved()
     assert dm.load_evaluator(s, lambda out, device: out) == str(tmp_path)
     saved(**wrong)
-    with refused("is not a run of --decoder none with this data and size"):
+    with refused("is not a --decoder none run of this data and image_size"):
         dm.load_evaluator(s, None)
 
 
@@ -1425,9 +1421,9 @@ def test_a_prior_of_another_model_is_refused(tmp_path, quick):
     state = saved_in(tmp_path)
     name, value = next(iter(state["ema"].items()))
     torch.save({**state, "ema": {**state["ema"], name: value + 1e-6}}, tmp_path / "model.pt")
-    with refused("prior.pt was trained on another model than model.pt"):
+    with refused("prior.pt is of another model"):
         celeba.load(tmp_path)
-    with refused("prior.pt is of another run, with model_checksum '.{8}' and not '.{8}'"):
+    with refused("prior.pt has model_checksum '.{8}', not '.{8}'"):
         celeba.run(s)  # the model is finished, and not the one of this prior
 
 
@@ -1450,7 +1446,7 @@ def test_images_are_decoded_once(tmp_path, capsys):
         assert arrays.tolist() == [[k, k] for k in names]
     assert sorted(decoded) == [3, 3, 5, 6]
     assert dm.decode_cached(tmp_path / "cache.pt" / "x.pt", read, [3]).tolist() == [[3, 3]]
-    assert "Warning: the images will be decoded again in each run" in capsys.readouterr().out
+    assert "Warning: the decoded images could not be cached" in capsys.readouterr().out
 
 
 def test_text_files_of_other_systems_are_read(tmp_path):
@@ -1469,8 +1465,10 @@ def test_images_are_opened_as_they_are_meant(tmp_path):
     image.convert("P").save(tmp_path / "palette.gif")
     assert dm.open_image(tmp_path / "palette.gif", "L").mode == "L"
     Image.fromarray(np.full((2, 2), 3000, np.uint16)).save(tmp_path / "deep.png")
-    with refused("deep.png cannot be read as an 8-bit image: mode I;16 has more than 8 bits"):
-        dm.open_image(tmp_path / "deep.png", "L")
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    for name, mode in (("deep", "I;16"), ("alpha", "RGBA")):
+        with refused(f"{name}.png cannot be read as an 8-bit image: mode {mode} has"):
+            dm.open_image(tmp_path / f"{name}.png", "L")
     image.resize((64, 64)).save(tmp_path / "cut.jpg")
     os.truncate(tmp_path / "cut.jpg", 500)
     with refused("cut.jpg cannot be read as an 8-bit image"):
@@ -1561,11 +1559,11 @@ def test_faces_that_would_be_silently_wrong_are_refused(released):
         celeba.read_faces(released, 16)
     annotations.write_text(text)
     Image.new("L", (32, 32), 1).save(hair)  # a mask of 0 and 1
-    with refused(r"00003_\*.png: a mask of 0 and 255 is missing"):
+    with refused(r"00003_\*.png are missing or are not masks of 0 and 255"):
         celeba.read_faces(released, 16)
     for part in ("hair", "l_eye"):
         (released / MASKS.format(part)).unlink()
-    with refused(r"00003_\*.png: a mask of 0 and 255 is missing"):
+    with refused(r"00003_\*.png are missing or are not masks of 0 and 255"):
         celeba.read_faces(released, 16)
 
 
@@ -1729,7 +1727,9 @@ def test_captions_survive_tokenization():
     texts = [captions[0], "a bird , small & gris - bleu"]
     assert cub.detokenize(tokenizers, tokens[:, 1]) == texts
     unknown = cub.tokenize(tokenizers, ["a zebra has white wings"], 12)
-    assert cub.detokenize(tokenizers, unknown[:, 1]) == ["a <UNK> has white wings"]
+    again = cub.detokenize(tokenizers, unknown[:, 1])
+    assert again == ["a <UNK> has white wings"]
+    assert torch.equal(cub.tokenize(tokenizers, again, 12), unknown)
     with refused("no word occurs twice in the captions"):
         cub.text_parts(cub.Settings(), ["one", "another"])
 
@@ -2269,7 +2269,7 @@ def test_real_birds_end_to_end_and_other_birds_are_refused(tmp_path, released_bi
     assert "coherence" not in results_in(tmp_path)["tables"]
     before = {path: path.read_bytes() for path in tmp_path.glob("[bg][ep][rt][t2]/*")}
     (released_birds / "text" / "1.A" / "one.txt").write_text("other words, other words\n")
-    with refused("model.pt is of another run, with data_checksum '.{8}' and not '.{8}'"):
+    with refused("model.pt has data_checksum '.{8}', not '.{8}'"):
         cub.run(s)
     assert len(before) >= 4 and all(path.read_bytes() == was for path, was in before.items())
 

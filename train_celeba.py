@@ -1,4 +1,4 @@
-"""Diff-MVAE on CelebAMask-HQ (§4.2): the image, mask and attributes of a face, each from any other.
+"""Diff-MVAE on CelebAMask-HQ (§4.2): generate a face's image, mask and attributes from any of them.
 
     python train_celeba.py                               synthetic faces, 32 px, minutes on a CPU
     python train_celeba.py --data CelebAMask-HQ          the released data set, 128 px, for a GPU
@@ -24,7 +24,7 @@ ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyegl
 
 
 class Settings(dm.Settings):
-    """Adds to the defaults those for faces. README.md says which are the paper's."""
+    """Settings for faces. README.md says which defaults are the paper's."""
 
     presets = {  # synthetic faces, CelebAMask-HQ, CelebAMask-HQ with --small
         "out": ("runs/faces", "runs/celeba", "runs/celeba-small"),
@@ -39,7 +39,7 @@ class Settings(dm.Settings):
     }
 
 
-# ---- Synthetic faces: the same attributes, all visible, and a mask of the same meaning -----------
+# ---- Synthetic faces: CelebAMask-HQ's attributes, all visible, and its kind of mask --------------
 
 FACES = {"train": 10_000, "test": 1_000, "fresh": 1_000}
 HAIR = {"Gray_Hair": (165, 165, 172), "Blond_Hair": (232, 196, 92), "Brown_Hair": (118, 72, 36),
@@ -88,9 +88,9 @@ class Sketch:
 
 
 def render_face(a, rng, size):
-    """Render a face with attributes a from back to front; rng varies the rest: uint8 (size, size,
-    3 + 1). The mask covers everything except the background, the skin, and make-up or a mustache
-    on it."""
+    """Render a face with attributes a from back to front; rng varies the rest -> uint8 (size, size,
+    3 + 1). The mask covers everything except the background, the skin, and makeup or a mustache on
+    it."""
     background, clothes, hat = [tuple(rng.integers(30, 226, 3).tolist()) for _ in range(3)]
     dx, dy = int(rng.integers(62, 67)), int(rng.integers(-2, 3))
     w = int(rng.integers(26, 31))  # half the width of the head
@@ -124,7 +124,7 @@ def render_face(a, rng, size):
         face.add("chord", (-w - 2, 20, w + 2, 84), hair, start=start, end=end)
     if a["Bangs"]:
         face.add("chord", (-w, 24, w, 84), hair, start=182, end=358)
-    # Make-up, glasses, eyebrows, eyes and nose
+    # Makeup, glasses, eyebrows, eyes and nose
     if a["Heavy_Makeup"]:
         face.add("ellipse", (5, 53, 23, 66), (120, 70, 190), in_mask=False)
         face.add("ellipse", (12, 72, 25, 82), (238, 120, 130), in_mask=False)
@@ -196,8 +196,8 @@ def read_face(folder, k, size):
     paths = [path for path in (Path(f"{stem}_{part}.png") for part in PARTS) if path.exists()]
     layers = [np.asarray(dm.open_image(path, "L")) for path in paths]
     if not layers or any(0 < layer.max() < 128 for layer in layers):
-        raise InputError(f"{stem}_*.png: a mask of 0 and 255 is missing. Unpack them again, or "
-                         "remove the face from the attribute file")
+        raise InputError(f"{stem}_*.png are missing or are not masks of 0 and 255: unpack them "
+                         "again, or remove the face from the attribute file")
     return shrink(image, Image.fromarray(np.maximum.reduce(layers)), size)
 
 
@@ -293,10 +293,10 @@ def table3(model, training, test):
 
 
 def generate(path, model, x, prior=None, training=None):
-    """Generate images for the examples x under CONDITIONS (§3.3) and, with the prior, without any
-    (§3.4). Save ten of each (Figures 5 and 6), and return {condition: {modality: (n, ...)}}: the
-    images and the modalities that they should agree with, which are TARGETS or, without condition,
-    decoded from the same z."""
+    """Generate images for the examples x under CONDITIONS (§3.3) and, with the prior, also
+    unconditionally (§3.4). Save ten of each (Figures 5 and 6). Return {condition: {modality:
+    (n, ...)}}: the images and what they should agree with, the TARGETS of x or, for unconditional
+    images, modalities decoded from the same z."""
     latents = {label: encode_rows(model, x, names) for label, names in CONDITIONS.items()}
     if prior is not None:
         latents.update(dm.unconditional_latents(model, prior, training))
@@ -313,8 +313,8 @@ def generate(path, model, x, prior=None, training=None):
 
 
 def evaluate(evaluator, generated, real):
-    """Return evaluate_images with coherence: the F1 of the mask and attributes that the evaluator
-    predicts for a generated image, against those that it should agree with."""
+    """Return evaluate_images with coherence, the F1 of the mask and attributes that the evaluator
+    predicts for a generated image against those that the image should agree with."""
     def coherence(features, x):
         return {f"coherence_{name}": f1_score(sample(evaluator.decoders, name, features), x[name])
                 for name in NON_IMAGE if name in x}

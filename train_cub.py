@@ -1,4 +1,4 @@
-"""Diff-MVAE on Caltech Birds (§4.1): the image and the caption of a bird, each from the other.
+"""Diff-MVAE on Caltech Birds (§4.1): generate images of birds from captions, and vice versa.
 
     python train_cub.py                     synthetic birds and captions, 32 px, minutes on a CPU
     python train_cub.py --data cub          the released data, 64 px, BERT and GPT-2, for a GPU
@@ -29,15 +29,15 @@ from diffmvae import InputError, batches, encode_rows, option, sample
 
 @dataclass
 class Settings(dm.Settings):
-    """Adds to the settings those for birds. README.md says which defaults are the paper's."""
+    """Settings for birds. README.md says which defaults are the paper's."""
 
     text: str = option("text models; small: untrained; pretrained: from --bert and --gpt2",
                        "small", "pretrained", "small", choices=("small", "pretrained"))
-    bert: str = option("encoder of captions: name in the hub, or folder", "bert-base-cased")
-    gpt2: str = option("decoder of captions: name in the hub, or folder", "gpt2")
-    optimus: str = option("file with Optimus weights for both (§4.1)", "")
+    bert: str = option("caption encoder: name on Hugging Face, or folder", "bert-base-cased")
+    gpt2: str = option("caption decoder: name on Hugging Face, or folder", "gpt2")
+    optimus: str = option("file with Optimus weights for BERT and GPT-2 (§4.1)", "")
     max_length: int = option("maximum number of tokens in a caption", 28, 64, 32)
-    clip: str = option("CLIP for Tables 1 and 2: name in the hub, or folder", "")
+    clip: str = option("CLIP for Tables 1 and 2: name on Hugging Face, or folder", "")
 
     presets = {  # synthetic birds, CUB, CUB with --small
         "out": ("runs/birds", "runs/cub", "runs/cub-small"),
@@ -74,7 +74,7 @@ PHRASE = rf"a (?:({'|'.join(SHAPES)}) )?({'|'.join(COLORS)}) ({'|'.join(NOUNS)})
 
 
 def render_bird(f, rng, size):
-    """Render a bird with factors f; rng varies sky, tone and place: uint8 (size, size, 3)."""
+    """Render a bird with factors f; rng varies sky, tone and place -> uint8 (size, size, 3)."""
     sky = rng.integers((165, 195, 215), (195, 220, 240))
     canvas = Image.new("RGB", (128, 128), tuple(sky.tolist()))
     pen = ImageDraw.Draw(canvas)
@@ -83,7 +83,7 @@ def render_bird(f, rng, size):
     tone = {k: tuple(int(c * light[k]) for c in COLORS[f[k]]) for k in SPOT}
 
     def add(shape, points, color, **options):
-        """Draw a shape; a small bird is a large one that is shrunk towards its throat."""
+        """Draw a shape; a small bird is a large bird shrunk toward its throat."""
         points = SIZES[f["size"]] * (np.array(points) - [84, 54]) + [84, 54] + shift
         shape([tuple(point) for point in points], fill=color, **options)
 
@@ -148,7 +148,7 @@ def synthetic_birds(size):
 # ---- CUB as released -----------------------------------------------------------------------------
 
 def read_captions(path):
-    """Return ten captions of a file: fewer are repeated, more are cut; U+FFFD becomes a space."""
+    """Return ten captions from a file, repeating or dropping some; U+FFFD becomes a space."""
     lines = dm.read_lines(path) if path.exists() else []
     captions = [" ".join(line.replace("\ufffd", " ").split()) for line in lines]
     captions = [caption for caption in captions if caption]
@@ -181,7 +181,7 @@ def read_birds(folder, size):
 # ---- Text VAE: BERT as encoder, GPT-2 as decoder, after Optimus (Li et al. 2020) -----------------
 
 class TextEncoder(nn.Module):
-    """q(z|caption): (B, 2, T) tokens, of which [:, 0] are BERT's -> (mu, logvar), each (B, D)."""
+    """q(z|caption): (B, 2, T) tokens, BERT's in [:, 0] -> (mu, logvar), each (B, D)."""
 
     def __init__(self, bert, latent_dim):
         super().__init__()
@@ -197,8 +197,8 @@ class TextEncoder(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """p(caption|z): GPT-2 has z as memory, the key and value of one more position in every layer,
-    and in the embedding of every token. Padding is on the right, where no token attends."""
+    """p(caption|z) by GPT-2. z is memory, the key and value of one more position in every layer,
+    and is added to every token embedding. No token attends to the padding, on the right."""
 
     def __init__(self, gpt2, latent_dim, max_length, every_subset):
         super().__init__()
@@ -216,7 +216,7 @@ class TextDecoder(nn.Module):
         return hf.DynamicCache([(m, m) for m in memory.unbind(1)])
 
     def forward(self, tokens, z, cache):
-        """Return the last hidden states: (B, T) -> (B, T, n_embd). cache: what precedes tokens."""
+        """Return the last hidden states: (B, T) -> (B, T, n_embd). cache: keys, values so far."""
         x = self.gpt2.transformer.wte(tokens) + self.embedding(z)[:, None]  # (B, T, n_embd)
         return self.gpt2.transformer(inputs_embeds=x, past_key_values=cache, use_cache=True)[0]
 
@@ -226,7 +226,7 @@ class TextDecoder(nn.Module):
         return self.gpt2.lm_head(dm.in_bf16(self, tokens, z, cache))
 
     def log_prob(self, x, z):
-        """log p(caption|z) in nats, for (B, 2, T) tokens, of which [:, 1] are GPT-2's: (B,)."""
+        """log p(caption|z) in nats: (B, 2, T) tokens, GPT-2's in [:, 1] -> (B,)."""
         tokens, pad = x[:, 1], self.gpt2.config.pad_token_id
         logits = self.logits(tokens[:, :-1], z).transpose(1, 2)  # (B, V, T − 1)
         loss = F.cross_entropy(logits, tokens[:, 1:], ignore_index=pad, reduction="none")
@@ -250,7 +250,7 @@ class TextDecoder(nn.Module):
 
 
 def load_optimus(path, encoder, decoder):
-    """Load Optimus weights, such as its training.bin; no code in the file is executed."""
+    """Load Optimus weights, such as Optimus's training.bin; no code in the file is executed."""
     ours = {"encoder.linear": "0.linear", "decoder.transformer.linear_emb": "1.embedding",
             "decoder.transformer.linear": "1.memory", "encoder": "0.bert", "decoder": "1.gpt2"}
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -266,7 +266,7 @@ def load_optimus(path, encoder, decoder):
 
 
 def word_tokenizer(captions, special):
-    """Return a tokenizer of the lower-case words that occur at least twice in captions."""
+    """Return a tokenizer of the lowercase words that occur at least twice in captions."""
     base = Tokenizer(models.WordLevel(unk_token="<UNK>"))
     base.normalizer = normalizers.Lowercase()
     base.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -295,7 +295,7 @@ def load_text_parts(bert, gpt2, **options):
 
 
 def text_parts(s, captions):
-    """Return tokenizers and configurations for a new run, small ones for the words of captions."""
+    """Return tokenizers and configurations for a new run; small ones know the words of captions."""
     special = {"pad_token": "<PAD>", "bos_token": "<BOS>", "eos_token": "<EOS>"}
     if s.text == "small":
         tokenizers = 2 * [word_tokenizer(captions, special)]
@@ -310,8 +310,8 @@ def text_parts(s, captions):
 
 
 def init_text(s, encoder, decoder):
-    """Load pretrained weights, or give small models sinusoids as position embeddings (Vaswani et
-    al. 2017), which tell neighbors sooner, and wider means, as [CLS] hardly varies at first."""
+    """Load pretrained weights, or give small models sinusoidal position embeddings (Vaswani et al.
+    2017), to tell neighbors apart early, and wider means, because [CLS] hardly varies at first."""
     bert, gpt2 = encoder.bert, decoder.gpt2
     if s.text == "small":
         for positions in (bert.embeddings.position_embeddings, gpt2.transformer.wpe):
@@ -332,8 +332,8 @@ def init_text(s, encoder, decoder):
 
 def tokenize(tokenizers, captions, length):
     """Return the tokens of N captions for BERT and for GPT-2, (N, 2, length), padded on the right.
-    Long captions are cut but keep their end token; text that looks like a special token is text."""
-    rows = []
+    Long captions are cut but keep their end token; strings like <EOS> are plain text."""
+    rows, captions = [], [text.replace("<UNK>", "UNK") for text in captions]  # one unknown word
     for tokenizer in tokenizers:
         begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
         if begin is None:  # BERT has its own
@@ -376,7 +376,7 @@ def get_batch(data, i=slice(None)):
 
 def build(s, configs, init=False):
     """Return the untrained model and latent prior for the settings s (§4.1) and the configurations
-    of BERT and GPT-2, whose initial weights a run that is resumed or loaded does not need."""
+    of BERT and GPT-2. init: call init_text, which resumed and loaded runs do not need."""
     image_encoder, image_decoder = dm.image_networks(s)
     bert, gpt2 = hf.BertModel(configs[0]), hf.GPT2LMHeadModel(configs[1])
     text_encoder = TextEncoder(bert, s.latent_dim)
@@ -434,14 +434,14 @@ def generate(model, tokenizers, x, captions, n, prior=None, training=None):
 
 
 def agreement(named, actual):
-    """Return the share of equal values among the factors in both, for lists of {factor: value}."""
+    """Return the share of equal values over the factors that both dicts of a pair contain."""
     equal = [a[k] == b[k] for a, b in zip(named, actual) for k in a.keys() & b.keys()]
     return float(np.mean(equal)) if equal else 0.0
 
 
 def coherence(pairs, factors):
     """Return {label: {metric: value}}: the share of the colors named in captions that the images
-    show, and of all factors named in captions for real birds that are right."""
+    show and, for captions of real images, the share of all named factors that are correct."""
     table = {}
     for label, x in pairs.items():
         named = [parse(caption) for caption in x["caption"]]
@@ -470,15 +470,15 @@ def table2(clip, tokenizer, pairs, device):
 
 
 def evaluate(evaluator, pairs, real):
-    """Return evaluate_images with the log-probability of each caption given its image."""
+    """Return evaluate_images with the mean log-probability of captions given their images."""
     model, _, tokenizers = evaluator
     decoder = model.decoders["caption"]
 
-    def coherence(features, x):
+    def metric(features, x):
         tokens = tokenize(tokenizers, x["caption"], decoder.max_length).to(features.device)
         return {"caption_log_prob": mean_log_prob(decoder, tokens, features)}
 
-    return dm.evaluate_images(model, pairs, real, coherence)
+    return dm.evaluate_images(model, pairs, real, metric)
 
 
 def save_samples(path, pairs):
@@ -493,7 +493,7 @@ def run(s):
     birds = read_birds(s.data, s.image_size) if s.data else synthetic_birds(s.image_size)
     started = Path(s.out, "model.pt").exists()
     if started:
-        tokenizers, configs = load_text_parts(f"{s.out}/bert", f"{s.out}/gpt2")
+        tokenizers, configs = load_text_parts(f"{s.out}/bert", f"{s.out}/gpt2", local_files_only=True)
     else:
         tokenizers, configs = text_parts(s, [c for ten in birds["train"][1] for c in ten])
         for name, tokenizer, config in zip(("bert", "gpt2"), tokenizers, configs):
@@ -517,8 +517,7 @@ def run(s):
     torch.manual_seed(s.seed)
     tables = {"caption_log_prob": caption_log_prob(model, test)}
     n = min(s.num_samples, len(captions))
-    training = get_batch(data["train"], slice(n))
-    pairs = generate(model, tokenizers, test, captions, n, prior, training)
+    pairs = generate(model, tokenizers, test, captions, n, prior, get_batch(data["train"], slice(n)))
     save_samples(Path(s.out, "samples.png"), pairs)
     if factors is not None:
         tables["coherence"] = coherence(pairs, factors)
