@@ -2287,11 +2287,11 @@ def test_readme_examples(tmp_path, monkeypatch, quick):
     code = re.findall(r"```python\n(.*?)```", "".join(pages), re.DOTALL)
     assert len(code) >= 3
     monkeypatch.chdir(tmp_path)
-    kinds = {"bound": dict(weighting="likelihood"), "mopoe": dict(decoder="feedforward"),
+    options = {"bound": dict(weighting="likelihood"), "mopoe": dict(decoder="feedforward"),
              "supervised": dict(decoder="none")}
     for out in sorted(set(re.findall(r'"(runs/(?!png)\w+)"', "".join(code)))):
         script = cub if "birds" in out else celeba
-        script.run(tiny(script.Settings, out=out, num_samples=4, **kinds.get(Path(out).name, {})))
+        script.run(tiny(script.Settings, out=out, num_samples=4, **options.get(Path(out).name, {})))
     monkeypatch.setattr(celeba, "Settings", tiny)  # for the speed at full size
     namespace = {}
     for block in code:
