@@ -955,19 +955,19 @@ def update_ema(ema_model, model, decay):
         average.copy_(buffer)
 
 
-def fit(s, stage, model, learning_rate, terms, n, trained_on, evaluate, preview):
+def fit(s, stage, model, learning_rate, terms, n, trained_on,
+        evaluate=lambda ema_model: {}, preview=lambda ema_model: None):
     """Train model with Adam and return its exponential moving average (EMA).
 
-    stage: "model" or "prior". learning_rate(name) -> peak learning rate of a parameter. terms(i) ->
-    {name: (B,)} for a batch of indices i < n; the mean of the first term is maximized, and all are
-    logged. trained_on: {input: checksum}. At each checkpoint (s.out/stage.pt), evaluate(ema_model)
-    -> {"test " + column: number} is logged, too, and preview(ema_model) is called. A stopped run
-    resumes there; on a CPU, because (seed, stage, step) seeds each step, it ends bit-identical.
+    stage: "model" or "prior". learning_rate(name) -> a parameter's peak learning rate. terms(i) ->
+    {name: (B,)} for indices i < n; the mean of the first is maximized, and all are logged.
+    trained_on: {input: checksum}. At each checkpoint (s.out/stage.pt), evaluate(EMA) -> {"test " +
+    column: number} is logged, and preview(EMA) is called. A stopped run resumes from there.
     """
     steps = s.steps if stage == "model" else s.prior_steps
     batch_size = s.batch_size if stage == "model" else s.prior_batch_size
     save_interval, log_interval = max(SAVE_INTERVAL, steps // 100), max(LOG_INTERVAL, steps // 500)
-    ema_model = copy.deepcopy(model.to(s.device).train()).eval().requires_grad_(False)
+    ema_model = copy.deepcopy(model.train()).eval().requires_grad_(False)
     groups = {}  # {peak learning rate: parameters}
     for name, p in model.named_parameters():
         groups.setdefault(learning_rate(name), []).append(p)
@@ -985,7 +985,7 @@ def fit(s, stage, model, learning_rate, terms, n, trained_on, evaluate, preview)
     bar = tqdm(range(step, steps), stage, steps, initial=step, unit=" steps")
     for step in bar:
         words = (s.seed, ("model", "prior").index(stage), step)
-        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))  # well mixed
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))  # resumable
         i = torch.randint(n, (batch_size,), device=s.device)
         means = {name: term.mean() for name, term in terms(i).items()}
         objective, *_ = means.values()
@@ -1023,7 +1023,8 @@ def train_model(s, data, model, get_batch, preview):
     data: {"train" | "test": {modality: (N, ...)}} on s.device. get_batch(part, i) prepares examples
     i of a part for the networks. preview(ema_model) saves samples after each checkpoint.
     """
-    z, model = torch.zeros(1, s.latent_dim, device=s.device), model.to(s.device)
+    model.to(s.device)
+    z = torch.zeros(1, s.latent_dim, device=s.device)
     for piece in batches(data["train"], "checking the data"):
         x = get_batch(piece)
         for name, decoder in model.decoders.items():
@@ -1058,14 +1059,13 @@ def train_prior(s, examples, model, prior, get_batch):
     with torch.no_grad():
         each = [model.posterior(get_batch(piece)) for piece in batches(examples, "encoding")]
     mu, logvar = (torch.cat(parts) for parts in zip(*each))  # (N, D) each
-    prior.standardize(mu, logvar)
+    prior.to(s.device).standardize(mu, logvar)
 
     def terms(i):
         return {"surrogate": prior.log_prob(sample_gaussian(mu[i], logvar[i]))}
 
     trained_on = {"model_checksum": checksum(model.state_dict())}
-    return fit(s, "prior", prior, lambda name: s.prior_lr, terms, len(mu), trained_on,
-               evaluate=lambda ema_model: {}, preview=lambda ema_model: None)
+    return fit(s, "prior", prior, lambda name: s.prior_lr, terms, len(mu), trained_on)
 
 
 def random_flip(x):

@@ -972,9 +972,8 @@ def toy_settings(out, **changes):
     return celeba.Settings(out=out, **dict(steps=40, batch_size=4, device="cpu") | changes)
 
 
-def toy_fit(model, terms, s, n=20, stage="model", trained_on={}, evaluate=lambda ema_model: {},
-            preview=lambda ema_model: None):
-    return dm.fit(s, stage, model, lambda name: 1e-2, terms, n, trained_on, evaluate, preview)
+def toy_fit(model, terms, s, n=20, stage="model", trained_on={}, **options):
+    return dm.fit(s, stage, model, lambda name: 1e-2, terms, n, trained_on, **options)
 
 
 def toy(out, size=1.0, stop_at=None, preview=lambda ema_model: None, **changes):
@@ -992,8 +991,8 @@ def toy(out, size=1.0, stop_at=None, preview=lambda ema_model: None, **changes):
         x = data[i]
         return {"fit": -(model(x) - x[:, :1]).square()[:, 0], "size": size * x[:, 0]}
 
-    evaluate = lambda ema_model: {"test fit": ema_model(data).mean().item()}
-    ema_model = toy_fit(model, terms, toy_settings(out, **changes), evaluate=evaluate, preview=preview)
+    ema_model = toy_fit(model, terms, toy_settings(out, **changes), preview=preview,
+                        evaluate=lambda ema_model: {"test fit": ema_model(data).mean().item()})
     return [p.clone() for p in (*model.parameters(), *ema_model.parameters())]
 
 
@@ -1874,12 +1873,13 @@ def test_synthetic_birds_show_what_their_captions_say(seed):
 
 def test_birds_are_generated_from_their_conditions(monkeypatch):
     monkeypatch.setattr(cub, "detokenize", lambda _, tokens: tokens.flatten().tolist())
+    monkeypatch.setattr(dm, "save_grid", lambda *args, **options: None)
     image, caption = torch.tensor([[0.1, 0.2, 0.3, 0.5], [10, 20, 30, 50]])
     x = {"image": image[:, None], "caption": caption.view(4, 1, 1).expand(4, 2, 1)}
     both = {"image": Stub(sample=lambda z: z / 100),
             "caption": Stub(sample=lambda z: z, log_prob=lambda x, z: z[:, 0] * x[:, 0, 0])}
     model = Stub(posterior=summed, encoders=both, decoders=both)
-    pairs = cub.generate(model, None, x, list("abcd"), 2)
+    pairs = cub.generate("pairs.png", model, None, x, list("abcd"), 2)
     assert {label: [*pair["image"].flatten().tolist(), *pair["caption"]]
             for label, pair in pairs.items()} == {
         "real": [*image.tolist(), *"abcd"],  # the captions themselves, not their tokens
@@ -2288,7 +2288,7 @@ def test_readme_examples(tmp_path, monkeypatch, quick):
     assert len(code) >= 3
     monkeypatch.chdir(tmp_path)
     options = {"bound": dict(weighting="likelihood"), "mopoe": dict(decoder="feedforward"),
-             "supervised": dict(decoder="none")}
+               "supervised": dict(decoder="none")}
     for out in sorted(set(re.findall(r'"(runs/(?!png)\w+)"', "".join(code)))):
         script = cub if "birds" in out else celeba
         script.run(tiny(script.Settings, out=out, num_samples=4, **options.get(Path(out).name, {})))

@@ -294,6 +294,11 @@ def load_text_parts(bert, gpt2, **options):
                         hf.GPT2Config.from_pretrained(gpt2, **options)]
 
 
+def saved_text_parts(out):
+    """Return load_text_parts of the run in the folder out, without asking the hub."""
+    return load_text_parts(f"{out}/bert", f"{out}/gpt2", local_files_only=True)
+
+
 def text_parts(s, captions):
     """Return tokenizers and configurations for a new run; small ones know the words of captions."""
     special = {"pad_token": "<PAD>", "bos_token": "<BOS>", "eos_token": "<EOS>"}
@@ -333,7 +338,8 @@ def init_text(s, encoder, decoder):
 def tokenize(tokenizers, captions, length):
     """Return the tokens of N captions for BERT and for GPT-2, (N, 2, length), padded on the right.
     Long captions are cut but keep their end token; strings like <EOS> are plain text."""
-    rows, captions = [], [text.replace("<UNK>", "UNK") for text in captions]  # one unknown word
+    captions = [text.replace("<UNK>", "UNK") for text in captions]  # one unknown word
+    rows = []
     for tokenizer in tokenizers:
         begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
         if begin is None:  # BERT has its own
@@ -391,7 +397,7 @@ def build(s, configs, init=False):
 
 def load(out, device="cpu"):
     """Return the trained (model, prior, tokenizers) of the finished run in the folder out."""
-    tokenizers, configs = load_text_parts(f"{out}/bert", f"{out}/gpt2", local_files_only=True)
+    tokenizers, configs = saved_text_parts(out)
     model, prior = dm.load_run(out, Settings, lambda s: build(s, configs), device)
     return model, prior, tokenizers
 
@@ -415,9 +421,9 @@ def caption_log_prob(model, x):
             for label, rows in z.items()}
 
 
-def generate(model, tokenizers, x, captions, n, prior=None, training=None):
+def generate(path, model, tokenizers, x, captions, n, prior=None, training=None):
     """Return {label: {"image": images, "caption": strings}}: the real x with captions, each
-    modality from the other (n images) and, with the prior, unconditional pairs."""
+    modality from the other (n images) and, with the prior, unconditional pairs. Save eight of each."""
     text = sample(model.decoders, "caption", encode_rows(model, x, ["image"]))
     pairs = {"real": {"image": x["image"], "caption": captions},
              "caption from image": {"image": x["image"], "caption": detokenize(tokenizers, text)}}
@@ -430,6 +436,8 @@ def generate(model, tokenizers, x, captions, n, prior=None, training=None):
             image = sample(model.decoders, "image", z)
             text = sample(model.decoders, "caption", z)
             pairs[label] = {"image": image, "caption": detokenize(tokenizers, text)}
+    images = {label: y["image"][:8] for label, y in pairs.items()}
+    dm.save_grid(path, images, {label: y["caption"][:8] for label, y in pairs.items()}, side=128)
     return pairs
 
 
@@ -481,19 +489,13 @@ def evaluate(evaluator, pairs, real):
     return dm.evaluate_images(model, pairs, real, metric)
 
 
-def save_samples(path, pairs):
-    """Save the first eight pairs of each label (Figures 3 and 4)."""
-    images = {label: x["image"][:8] for label, x in pairs.items()}
-    dm.save_grid(path, images, {label: x["caption"][:8] for label, x in pairs.items()}, side=128)
-
-
 def run(s):
     """Train the model and its prior; save samples.png and results.json."""
     evaluator = dm.load_evaluator(s, load) if s.evaluator else None
     birds = read_birds(s.data, s.image_size) if s.data else synthetic_birds(s.image_size)
     started = Path(s.out, "model.pt").exists()
     if started:
-        tokenizers, configs = load_text_parts(f"{s.out}/bert", f"{s.out}/gpt2", local_files_only=True)
+        tokenizers, configs = saved_text_parts(s.out)
     else:
         tokenizers, configs = text_parts(s, [c for ten in birds["train"][1] for c in ten])
         for name, tokenizer, config in zip(("bert", "gpt2"), tokenizers, configs):
@@ -508,8 +510,7 @@ def run(s):
 
     def preview(ema_model):
         x = {name: value[:8] for name, value in test.items()}
-        pairs = generate(ema_model, tokenizers, x, captions[:8], 8)
-        save_samples(Path(s.out, "preview.png"), pairs)
+        generate(Path(s.out, "preview.png"), ema_model, tokenizers, x, captions[:8], 8)
 
     model = dm.train_model(s, data, model, get_batch, preview)
     if prior is not None:
@@ -517,8 +518,8 @@ def run(s):
     torch.manual_seed(s.seed)
     tables = {"caption_log_prob": caption_log_prob(model, test)}
     n = min(s.num_samples, len(captions))
-    pairs = generate(model, tokenizers, test, captions, n, prior, get_batch(data["train"], slice(n)))
-    save_samples(Path(s.out, "samples.png"), pairs)
+    path, training = Path(s.out, "samples.png"), get_batch(data["train"], slice(n))
+    pairs = generate(path, model, tokenizers, test, captions, n, prior, training)
     if factors is not None:
         tables["coherence"] = coherence(pairs, factors)
     if s.clip:
