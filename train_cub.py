@@ -422,8 +422,8 @@ def caption_log_prob(model, x):
 
 
 def generate(path, model, tokenizers, x, captions, n, prior=None, training=None):
-    """Return {label: {"image": images, "caption": strings}}: the real x with captions, each
-    modality from the other (n images) and, with the prior, unconditional pairs. Save eight of each."""
+    """Return {label: {"image": images, "caption": strings}}: the real x, each modality from the
+    other (n images) and, with the prior, unconditional pairs. Save the first eight of each."""
     text = sample(model.decoders, "caption", encode_rows(model, x, ["image"]))
     pairs = {"real": {"image": x["image"], "caption": captions},
              "caption from image": {"image": x["image"], "caption": detokenize(tokenizers, text)}}
