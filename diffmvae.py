@@ -1,15 +1,15 @@
 """Multimodal ELBO with Diffusion Decoders (Diff-MVAE; Wesego and Rooshenas) in one file.
 
-Each modality x_i has an encoder q(z|x_i). Any subset A of the modalities is fused to q(z|x_A), a
+Each modality x_i has an encoder q(z|x_i). Any subset A of the modalities is fused into q(z|x_A), a
 product of Gaussians, and the ELBO is averaged over the subsets (MoPoE). Simple modalities have
 feed-forward decoders. Images have a diffusion decoder conditioned on z, whose denoising
 score-matching loss is a term of the ELBO. A second, small diffusion model learns the distribution
 of z, for unconditional samples.
 
-Sections 1 to 6 are the method, in the paper's order except that the samplers (§4) follow the SDE.
-Section 7 has its networks and section 8 two variants; sections 9 to 11 train, evaluate and run it.
-README.md maps the paper to the code and lists every departure from the paper. Departures from its
-equations are marked "Deviation" here. Notation:
+Sections 1 to 6 are the method in the paper's order, but with the Gaussian algebra first and the
+samplers (§4) after the SDE. Section 7 has its networks and section 8 two variants; sections 9 to 11
+train, evaluate and run it. README.md maps the paper to the code and lists every departure from the
+paper. Departures from its equations are marked "Deviation" here. Notation:
 
     x_1 .. x_M    modalities                          z           latent, (B, D), p(z) = N(0, I)
     A, ω_A        a subset, its weight                μ, log σ²   mu, logvar of an expert or product
@@ -56,8 +56,8 @@ def product_of_experts(mu, logvar, present=None):
 
     mu, logvar: (..., M, D), with the experts on dim −2. present: (..., M) bool, all experts if
     None; it broadcasts, so that one call can fuse a different subset for each example. Returns mu,
-    logvar: (..., D), exact at any log-variance. Where no expert is present, mu is NaN and logvar is
-    inf.
+    logvar: (..., D), stable at any log-variance; where no expert is present, mu is NaN and logvar
+    is inf.
     """
     log_precision = -logvar  # (..., M, D)
     if present is not None:
@@ -132,7 +132,7 @@ class VPSDE:
         return self.beta_min + (self.beta_max - self.beta_min) * t
 
     def log_snr_to_t(self, log_snr):
-        """t = ℓ⁻¹(log_snr): B = log(1 + e^−ℓ), then the numerically stable root of B(t) = B."""
+        """t = ℓ⁻¹(log_snr): b = log(1 + e^−ℓ), then the numerically stable root of B(t) = b."""
         b = F.softplus(-log_snr)
         slope = self.beta_max - self.beta_min
         return 2 * b / (self.beta_min + (self.beta_min**2 + 2 * slope * b).sqrt())
@@ -176,8 +176,8 @@ def euler_maruyama(eps_model, x, sde, num_steps):
     """Euler–Maruyama on the reverse SDE, at times uniform in log-SNR. x: (B, ...) -> (B, ...).
 
     dx = [−½ β x − β s_θ] dt + √β dw̄ with s_θ = −ε̂/σ (Song et al. 2021, SDE). A step lowers t by
-    h, so dt = −h flips the signs of the drift. On a grid uniform in t the last step would leave
-    noise of √(βh), which is a dozen gray levels with 50 steps.
+    h, so dt = −h flips the sign of the drift. On a grid uniform in t, the step to t_min would leave
+    noise of √(βh), a dozen gray levels with 50 steps.
     """
     ell_1, ell_0 = sde.log_snr_range()
     ell = torch.linspace(ell_1, ell_0, num_steps, device=x.device, dtype=x.dtype)
@@ -198,8 +198,8 @@ def stratified(n, device=None):
 
 
 def in_bf16(network, *inputs):
-    """Return network(*inputs) in float32. On CUDA the network runs in bfloat16, unless the inputs
-    are float64."""
+    """Return network(*inputs). On CUDA, unless the inputs are float64, the network runs in bfloat16
+    and the result is float32."""
     if inputs[0].device.type != "cuda" or inputs[0].dtype == torch.float64:
         return network(*inputs)
     with torch.autocast("cuda", torch.bfloat16):
@@ -272,7 +272,7 @@ class Diffusion(nn.Module):
         return (eps - self.predict_eps(x_t, z, t)).square().flatten(1).sum(1)
 
     def sample_times(self, n, device):
-        """Return (n,) times on [t_min, 1], uniform in the quantity in the table of Diffusion."""
+        """Return (n,) times on [t_min, 1], uniform in ℓ, t or φ: see the table of Diffusion."""
         ell_1, ell_0 = self.sde.log_snr_range()
         u = stratified(n, device)
         if self.weighting == "likelihood":
@@ -294,11 +294,11 @@ class Diffusion(nn.Module):
                 + E log N(x; x_t/α, σ²/α² I) at t = t_0
                 − ½ ∫ g²/σ² E‖ε − ε̂‖² dt from t_0 to 1
 
-        The integral is Eq. 2 with λ = g². Since g²/σ² = −dℓ/dt, it is ℓ(t_0) − ℓ(1) times the mean
-        squared error at times uniform in ℓ. The surrogates are −½ E‖ε − ε̂‖² ("simple") and
+        The last term is Eq. 2 with λ = g². Since g²/σ² = −dℓ/dt, the integral is ℓ(t_0) − ℓ(1)
+        times E‖ε − ε̂‖² at times uniform in ℓ. The surrogates are −½ E‖ε − ε̂‖² ("simple") and
         −½ E‖v − v̂‖² = −½ E‖ε − ε̂‖²/α² ("v_mse"). t, (B,), and eps are passed only by tests.
-        Deviation: Eq. 5 contains only the integral, with a plus sign. The integral is at least 0
-        and has no upper limit, so a lower bound on log p(x) must subtract it.
+        Deviation: of b, Eq. 5 contains only the integral, with a plus sign. The integral is at
+        least 0 and unbounded above, so a lower bound on log p(x) must subtract it.
         """
         eps = torch.randn_like(x) if eps is None else eps
         t = self.sample_times(len(x), x.device).to(x.dtype) if t is None else t
@@ -328,7 +328,7 @@ class Diffusion(nn.Module):
     def sample(self, z=None, n=None, noise=None, sampler=None, num_steps=None):
         """Sample x ~ p(x|z): z, (B, D) -> (B, *shape), or n samples without z -> (n, *shape).
 
-        noise: x_t at t = 1, (B, *shape). sampler, num_steps: override those of the constructor.
+        noise: x_t at t = 1, (B, *shape). sampler, num_steps: used instead of this model's own.
         """
         sampler = self.sampler if sampler is None else sampler
         num_steps = self.num_steps if num_steps is None else num_steps
@@ -483,8 +483,8 @@ class DiffMVAE(nn.Module):
         return self.fuse(mu, logvar, present)
 
     def divergence(self, mu, logvar, expert_mu, expert_logvar):
-        """KL(q(z|x_A) ‖ p(z)) of the products, (B, S, D); MVTCAE also uses the experts, (B, M, D).
-        """
+        """KL(q(z|x_A) ‖ p(z)) of the products, (B, S, D) -> (B, S). MVTCAE also uses the experts,
+        (B, M, D)."""
         return kl_divergence(mu, logvar)  # (B, S)
 
     def reconstruction(self, decoder, x, z, every_subset):
@@ -588,7 +588,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def zero_init(layer):
-    """Set the parameters of a layer to zero: the last one of a residual branch or of a network."""
+    """Set a layer's parameters to zero; for the last layer of a residual branch or a network."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -624,23 +624,23 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(AdaGN(conv(silu(GN(x)))))), AdaGN(h) = (1 + s) GN(h) + b, s, b linear in e.
+    """x + conv(silu(AdaGN(conv(silu(GN(x)))))), AdaGN(h) = (1 + s(e)) GN(h) + b(e), s, b linear.
 
-    x: (B, c_in, ...) -> (B, c_out, ...). Only the UNet passes e, (B, embedding). Self-attention
+    x: (B, c_in, ...) -> (B, c_out, ...). Only the UNet passes e, (B, embed_dim). Self-attention
     follows if heads > 0.
     """
 
-    def __init__(self, dims, c_in, c_out, embedding=0, dropout=0.0, heads=0):
+    def __init__(self, dims, c_in, c_out, embed_dim=0, dropout=0.0, heads=0):
         super().__init__()
         self.norm1 = GroupNorm(c_in)
         self.conv1 = CONV[dims](c_in, c_out, 3, padding=1)
         self.norm2 = GroupNorm(c_out)
         self.conv2 = CONV[dims](c_out, c_out, 3, padding=1)
-        self.modulation = nn.Linear(embedding, 2 * c_out) if embedding else None
+        self.modulation = nn.Linear(embed_dim, 2 * c_out) if embed_dim else None
         self.dropout = nn.Dropout(dropout)
         self.skip = CONV[dims](c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out, heads) if heads else nn.Identity()
-        if embedding:
+        if embed_dim:
             zero_init(self.conv2)
 
     def forward(self, x, e=None):
@@ -666,8 +666,8 @@ class UNet(nn.Module):
     The up path concatenates the activations kept by the down path, last first. With channel_mult
     (1, 2) and num_res_blocks = 2 the channels, in multiples of model_channels, are:
 
-        down   stem 1   block 1   block 1   halve 1   block 2   block 2
-        up     block 2 + 2 -> 2   block 2 + 2 -> 2   block 2 + 1 -> 2   double 2
+        down   stem 1   block 1   block 1   downsample 1   block 2   block 2
+        up     block 2 + 2 -> 2   block 2 + 2 -> 2   block 2 + 1 -> 2   upsample 2
                block 2 + 1 -> 1   block 1 + 1 -> 1   block 1 + 1 -> 1   out
     """
 
@@ -676,33 +676,33 @@ class UNet(nn.Module):
         super().__init__()
         conv = CONV[dims]
         widths = [model_channels * m for m in channel_mult]
-        embedding = max(256, 4 * model_channels)
+        embed_dim = max(256, 4 * model_channels)
         last = len(widths) - 1
 
         def block(c_in, c_out, heads):
-            return ResBlock(dims, c_in, c_out, embedding, dropout, heads)
+            return ResBlock(dims, c_in, c_out, embed_dim, dropout, heads)
 
-        self.embed_log_snr = LogSNREmbedding(model_channels, embedding)
+        self.embed_log_snr = LogSNREmbedding(model_channels, embed_dim)
         self.embed_z, self.z_to_image = None, None
         inputs = in_channels
         if z_dim:
-            self.embed_z = nn.Linear(z_dim, embedding)
+            self.embed_z = nn.Linear(z_dim, embed_dim)
             self.z_to_image = nn.Linear(z_dim, in_channels * size**dims)
             inputs = 2 * in_channels
         self.stem = conv(inputs, model_channels, patch_size + 2, stride=patch_size, padding=1)
 
         c = model_channels
-        kept = [c]  # the channels of the skip connections from down to up
+        skip_channels = [c]  # from down to up
         self.down = nn.ModuleList()
         for level, w in enumerate(widths):
             heads = num_heads if level in attention_levels else 0
             for _ in range(num_res_blocks):
                 self.down.append(block(c, w, heads))
-                kept.append(w)
+                skip_channels.append(w)
                 c = w
             if level < last:
                 self.down.append(conv(w, w, 3, stride=2, padding=1))
-                kept.append(w)
+                skip_channels.append(w)
 
         self.middle = nn.ModuleList([block(c, c, num_heads), block(c, c, 0)])
 
@@ -710,11 +710,11 @@ class UNet(nn.Module):
         for level, w in reversed(list(enumerate(widths))):
             heads = num_heads if level in attention_levels else 0
             for _ in range(num_res_blocks + 1):
-                self.up.append(block(c + kept.pop(), w, heads))
+                self.up.append(block(c + skip_channels.pop(), w, heads))
                 c = w
             if level > 0:
-                double = nn.Upsample(scale_factor=2)
-                self.up.append(nn.Sequential(double, conv(w, w, 3, padding=1)))
+                upsample = nn.Upsample(scale_factor=2)
+                self.up.append(nn.Sequential(upsample, conv(w, w, 3, padding=1)))
 
         unpatch = TRANSPOSED[dims](c, in_channels, patch_size + 2, stride=patch_size, padding=1)
         self.out = nn.Sequential(GroupNorm(c), nn.SiLU(), zero_init(unpatch))
@@ -722,7 +722,7 @@ class UNet(nn.Module):
     def forward(self, x, log_snr, z=None):
         if (z is None) != (self.embed_z is None):
             raise InputError("a UNet needs z if, and only if, it was built with z_dim > 0")
-        e = self.embed_log_snr(log_snr)  # (B, embedding)
+        e = self.embed_log_snr(log_snr)  # (B, embed_dim)
         if z is not None:
             e = e + self.embed_z(z)
             x = torch.cat([x, self.z_to_image(z).view_as(x)], dim=1)  # (B, 2 in_channels, ...)
@@ -743,12 +743,12 @@ class UNet(nn.Module):
 
 
 class MLPBlock(nn.Module):
-    """h + linear(silu((1 + s) LN(h) + b)), s, b linear in e. h: (B, width), e: (B, embedding)."""
+    """h + linear(silu((1 + s(e)) LN(h) + b(e))), s, b linear. h: (B, width), e: (B, embed_dim)."""
 
-    def __init__(self, width, embedding):
+    def __init__(self, width, embed_dim):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.modulation = nn.Linear(embedding, 2 * width)
+        self.modulation = nn.Linear(embed_dim, 2 * width)
         self.linear = zero_init(nn.Linear(width, width))
 
     def forward(self, h, e):
@@ -759,9 +759,9 @@ class MLPBlock(nn.Module):
 class ResidualMLP(nn.Module):
     """v(z_t, ℓ) for the latent prior. x: (B, D), log_snr: (B,); z is not used.
 
-    Deviation: the paper has UNets here. The dimensions of z have no order and no neighbors, so a
-    convolution cannot tell one from another. Diffusion autoencoders (Preechakul et al. 2022) use an
-    MLP for the same purpose.
+    Deviation: the paper has UNets here. But neighboring dimensions of z are unrelated, whereas a
+    convolution relates neighbors and treats all dimensions alike. Diffusion autoencoders
+    (Preechakul et al. 2022) use an MLP for the same purpose.
     """
 
     def __init__(self, size, width, blocks):
@@ -781,14 +781,14 @@ class ResidualMLP(nn.Module):
 
 def widen_means(linear, factor=8):
     """Multiply the weights that give the means in an encoder's last layer by factor, so that z
-    starts about as wide as N(0, I) and decoders learn sooner to use it."""
+    starts about as wide as N(0, I) and decoders learn to use it sooner."""
     means, _ = linear.weight.data.chunk(2)
     means.mul_(factor)
     return linear
 
 
 class Encoder(nn.Sequential):
-    """q(z|x) = N(μ, σ²): layers, the last one linear with 2D outputs -> (mu, logvar), each (B, D).
+    """q(z|x) = N(μ, σ²): layers, the last linear with 2 · D outputs -> (mu, logvar), each (B, D).
     """
 
     def __init__(self, *layers):
@@ -809,7 +809,7 @@ def conv_widths(size, base):
 class ConvEncoder(Encoder):
     """Residual convolutional encoder after Soft-IntroVAE (Daniel and Tamar 2021), with group norm.
 
-    x: (B, channels, size, size); base: channels at half the resolution.
+    x: (B, channels, size, size); base: channels after the first layer.
     """
 
     def __init__(self, channels, size, latent_dim, base):
@@ -901,10 +901,10 @@ class IncompleteDiffMVAE(DiffMVAE):
     def elbo(self, x, observed):
         """Eq. 5 as an ELBO; the terms of modalities that are not observed are 0."""
         x = without_gaps(x, observed)
-        observed_ones = self.present(x, observed)[:, None]  # (B, 1, M)
-        present = self.subsets & observed_ones  # (B, S, M)  A ∩ observed
+        observed_mask = self.present(x, observed)[:, None]  # (B, 1, M)
+        present = self.subsets & observed_mask  # (B, S, M)  A ∩ observed
         kept = present.any(-1)  # (B, S)
-        present = torch.where(kept[..., None], present, observed_ones)  # placeholder, as ω_A is 0
+        present = torch.where(kept[..., None], present, observed_mask)  # placeholder, as ω_A is 0
         mu, logvar = self.experts({name: x[name] for name in self.encoders})
         mu, logvar = self.fuse(mu[:, None], logvar[:, None], present)  # (B, S, D)
         omega = kept.to(mu) / kept.sum(1, keepdim=True)  # (B, S)  ω_A
@@ -928,7 +928,7 @@ def without_gaps(x, observed):
 
 SAVE_INTERVAL = 500  # steps between two checkpoints, or a hundredth of a long run
 LOG_INTERVAL = 20  # steps between two rows of the history, or a five-hundredth of a long run
-WARMUP_STEPS, COOLDOWN_STEPS = 100, 500  # the learning rate rises linearly; it falls linearly to 0
+WARMUP_STEPS, COOLDOWN_STEPS = 100, 500  # the learning rate rises, and falls to 0, linearly
 MAX_GRAD_NORM = 1.0
 
 
@@ -949,7 +949,7 @@ def save_atomically(path, state):
 
 @torch.no_grad()
 def update_ema(ema_model, model, decay):
-    """ema ← decay · ema + (1 − decay) · model; buffers, such as those of batch norm, are copied."""
+    """ema ← decay · ema + (1 − decay) · model; buffers, such as a prior's mean, are copied."""
     torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
     for average, buffer in zip(ema_model.buffers(), model.buffers()):
         average.copy_(buffer)
@@ -959,8 +959,8 @@ def fit(s, stage, model, learning_rate, terms, n, trained_on,
         evaluate=lambda ema_model: {}, preview=lambda ema_model: None):
     """Train model with Adam and return its exponential moving average (EMA).
 
-    stage: "model" or "prior". learning_rate(name) -> a parameter's peak learning rate. terms(i) ->
-    {name: (B,)} for indices i < n; the mean of the first is maximized, and all are logged.
+    stage: "model" or "prior". learning_rate(p) -> the peak learning rate of a parameter. terms(i)
+    -> {name: (B,)} for indices i < n; the mean of the first is maximized, and all are logged.
     trained_on: {input: checksum}. At each checkpoint (s.out/stage.pt), evaluate(EMA) -> {"test " +
     column: number} is logged, and preview(EMA) is called. A stopped run resumes from there.
     """
@@ -969,12 +969,12 @@ def fit(s, stage, model, learning_rate, terms, n, trained_on,
     save_interval, log_interval = max(SAVE_INTERVAL, steps // 100), max(LOG_INTERVAL, steps // 500)
     ema_model = copy.deepcopy(model.train()).eval().requires_grad_(False)
     groups = {}  # {peak learning rate: parameters}
-    for name, p in model.named_parameters():
-        groups.setdefault(learning_rate(name), []).append(p)
+    for p in model.parameters():
+        groups.setdefault(learning_rate(p), []).append(p)
     optimizer = torch.optim.Adam([{"params": params} for params in groups.values()], fused=True)
     parts = {"model": model, "ema": ema_model, "optimizer": optimizer}
-    path, step = Path(s.out) / f"{stage}.pt", 0
-    history, recent = [], []
+    path = Path(s.out) / f"{stage}.pt"
+    step, history, recent = 0, [], []
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         state = torch.load(path, "cpu", weights_only=True)
@@ -984,8 +984,8 @@ def fit(s, stage, model, learning_rate, terms, n, trained_on,
         step, history = state["step"], state["history"]
     bar = tqdm(range(step, steps), stage, steps, initial=step, unit=" steps")
     for step in bar:
-        words = (s.seed, ("model", "prior").index(stage), step)
-        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))  # resumable
+        entropy = (s.seed, ("model", "prior").index(stage), step)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))  # resumable
         i = torch.randint(n, (batch_size,), device=s.device)
         means = {name: term.mean() for name, term in terms(i).items()}
         objective, *_ = means.values()
@@ -1004,7 +1004,7 @@ def fit(s, stage, model, learning_rate, terms, n, trained_on,
             row = dict(zip(means, torch.stack(recent).mean(0).tolist()))  # waits for the GPU
             recent = []
             if not all(map(math.isfinite, row.values())):
-                raise FloatingPointError(f"diverged: not finite in step {done}, not saved: {row}")
+                raise FloatingPointError(f"not finite by step {done}, last checkpoint kept: {row}")
             bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
             history.append({"step": done, **row})
         if save:
@@ -1018,10 +1018,10 @@ def fit(s, stage, model, learning_rate, terms, n, trained_on,
 
 
 def train_model(s, data, model, get_batch, preview):
-    """Maximize Eq. 5 and return the EMA of the model.
+    """Maximize Eq. 5, or its surrogate, and return the EMA of the model.
 
-    data: {"train" | "test": {modality: (N, ...)}} on s.device. get_batch(part, i) prepares examples
-    i of a part for the networks. preview(ema_model) saves samples after each checkpoint.
+    data: {"train" | "test": {modality: (N, ...)}} on s.device. get_batch(split, i) prepares
+    examples i of a split for the networks. preview(ema_model) saves samples after each checkpoint.
     """
     model.to(s.device)
     z = torch.zeros(1, s.latent_dim, device=s.device)
@@ -1045,11 +1045,10 @@ def train_model(s, data, model, get_batch, preview):
         totals = torch.cat([ema_model.elbo(get_batch(piece)).total for piece in pieces])
         return {f"test {s.objective}": totals.mean().item()}
 
-    diffusion = tuple(f"decoders.{name}." for name, decoder in model.decoders.items()
-                      if isinstance(decoder, Diffusion))
+    diffusion = {p for decoder in model.decoders.values() if isinstance(decoder, Diffusion)
+                 for p in decoder.parameters()}
     n, trained_on = len(data["train"]["image"]), {"data_checksum": checksum(data["train"])}
-    return fit(s, "model", model,
-               lambda name: s.diffusion_lr if name.startswith(diffusion) else s.vae_lr,
+    return fit(s, "model", model, lambda p: s.diffusion_lr if p in diffusion else s.vae_lr,
                terms, n, trained_on, evaluate, preview)
 
 
@@ -1065,11 +1064,11 @@ def train_prior(s, examples, model, prior, get_batch):
         return {"surrogate": prior.log_prob(sample_gaussian(mu[i], logvar[i]))}
 
     trained_on = {"model_checksum": checksum(model.state_dict())}
-    return fit(s, "prior", prior, lambda name: s.prior_lr, terms, len(mu), trained_on)
+    return fit(s, "prior", prior, lambda p: s.prior_lr, terms, len(mu), trained_on)
 
 
 def random_flip(x):
-    """Flip the images of half of the examples, chosen at random, together with their masks."""
+    """Flip the image of each example, together with its mask, with a probability of ½."""
     flips = (torch.rand(len(x["image"]), 1, 1, 1) < 0.5).to(x["image"].device)
     return {name: torch.where(flips, value.flip(-1), value) if value.ndim == 4 else value
             for name, value in x.items()}
@@ -1085,13 +1084,13 @@ def batches(x, label, size=250):
 
 @torch.no_grad()
 def encode_rows(model, x, condition):
-    """z ~ q(z|x_o), with x_o the modalities of x that condition names (§3.3): (N, D)."""
+    """z ~ q(z|x_o), (N, D), where condition lists the modalities of x that are in x_o (§3.3)."""
     pieces = batches({name: x[name] for name in condition}, "encoding")
     return torch.cat([sample_gaussian(*model.posterior(piece)) for piece in pieces])
 
 
 def sample(decoders, name, z):
-    """Return x ~ p(x|z) of the modality name, (N, ...), in batches; images clamped to [−1, 1]."""
+    """Decode z into the modality called name, (N, ...), in batches; clamp images to [−1, 1]."""
     pieces = batches({"z": z}, f"sampling {name}")
     x = torch.cat([decoders[name].sample(piece["z"]) for piece in pieces])
     return x.clamp(-1, 1) if name == "image" else x
@@ -1111,7 +1110,7 @@ def evaluate_elbo(model, test, get_batch):
     each = []
     for piece in batches(test, "ELBO", 32):
         elbo = model.elbo(get_batch(piece), every_subset=True)
-        each.append({**elbo.terms(), "ELBO": elbo.bound})
+        each.append({**elbo.terms(), "ELBO": elbo.bound})  # β and all weights are 1 in the bound
     return {name: {"nats": torch.cat([terms[name] for terms in each]).mean().item()}
             for name in each[0]}
 
@@ -1135,12 +1134,12 @@ def sharpness(images):
 
 
 @torch.no_grad()
-def evaluate_images(evaluator, generated, real, coherence):
+def evaluate_images(evaluator, generated, real, extra_metrics):
     """Return {condition: {metric: value}} for generated, {condition: {"image": (n, 3, H, W), ...}}.
 
-    "fd" is the Fréchet distance to real, (N, 3, H, W), of the means of q(z|image) of evaluator, a
-    Supervised model. They hardly register blur; "sharpness", relative to real images, measures it.
-    coherence(features, x) -> {metric: value} adds metrics.
+    "fd" is the Fréchet distance to real, (N, 3, H, W). Its features are the means of q(z|image) of
+    evaluator, a Supervised model. They hardly register blur; "sharpness", relative to real images,
+    does. extra_metrics(features, x) -> {metric: value}.
     """
     def features(images):
         pieces = batches({"image": images}, "features")
@@ -1150,7 +1149,8 @@ def evaluate_images(evaluator, generated, real, coherence):
     rows = {}
     for condition, x in generated.items():
         z, ratio = features(x["image"]), sharpness(x["image"]) / real_sharpness
-        rows[condition] = {"fd": frechet_distance(z, real_z), "sharpness": ratio, **coherence(z, x)}
+        rows[condition] = {"fd": frechet_distance(z, real_z), "sharpness": ratio}
+        rows[condition].update(extra_metrics(z, x))
     return rows
 
 
@@ -1181,7 +1181,7 @@ def save_grid(path, rows, captions={}, side=64):
 
 def save_history(path, history):
     """Save [{"step": ..., column: number}] as CSV and as curves in a PNG (test set in red)."""
-    names = list(dict.fromkeys(name for row in history for name in row))
+    names = list(history[-1])
     with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
@@ -1190,13 +1190,13 @@ def save_history(path, history):
     sheet = Image.new("RGB", (600, 120 * len(columns)), "white")
     draw, last = ImageDraw.Draw(sheet), history[-1]["step"]
     for k, column in enumerate(columns):
-        late = [row[name] for row in history if row["step"] > last / 10
-                for name in (column, f"test {column}") if name in row]
+        curves = [[(row["step"], row[name]) for row in history if name in row]
+                  for name in (column, f"test {column}")]
+        late = [y for curve in curves for step, y in curve if step > last / 10]
         low, high = min(late), max(late)  # the range of the panel
         scale = 90 / max(high - low, 1e-12)
         draw.text((6, 120 * k + 4), f"{column}, from {low:.4g} to {high:.4g}, {last} steps", "gray")
-        for name, color in ((column, "black"), (f"test {column}", "red")):
-            curve = [(row["step"], row[name]) for row in history if name in row]
+        for curve, color in zip(curves, ("black", "red")):
             draw.line([(590 * x / last, 120 * k + 115 - scale * (min(max(y, low), high) - low))
                        for x, y in curve], color)
     sheet.save(path.with_suffix(".png"))
@@ -1213,10 +1213,10 @@ def option(help, *presets, choices=None):
 @dataclass
 class Settings:
     """The settings of a run. None stands for the default and is replaced by it at construction, so
-    checkpoints, results.json and dataclasses.replace all hold resolved values."""
+    checkpoints and results.json hold resolved values, which dataclasses.replace keeps."""
 
     data: str = option("folder with the real data; if omitted, data are synthetic", "")
-    small: bool = option("use the presets for real data on a CPU", False)
+    small: bool = option("with --data: presets that suit a CPU", False)
     out: str = option("folder for checkpoints, results and figures", None)
     evaluator: str = option("folder of a Supervised run that evaluates generated images", "")
     seed: int = option("random seed", 0)
@@ -1227,21 +1227,23 @@ class Settings:
     batch_size: int = option("batch size of the model", None)
     weighting: str = option("image loss; likelihood: Diff-MVAE, a bound; others: Diff-MVAE*",
                             "v_mse", "simple", "v_mse", choices=("likelihood", "simple", "v_mse"))
-    family: str = option("family of subsets", "mopoe", choices=("mopoe", "mvae", "mmvae", "mvtcae"))
+    family: str = option("family of subsets, or the baseline MVTCAE", "mopoe",
+                         choices=("mopoe", "mvae", "mmvae", "mvtcae"))
     decoder: str = option("image decoder; feedforward: the baseline MoPoE*; none: Supervised",
                           "diffusion", choices=("diffusion", "feedforward", "none"))
     beta: float = option("weight of the KL; 1 if all terms are in nats, 0 for Supervised", 0.01)
-    log_prob_weight: float = option("weight of log p(attributes or caption|z); 1 for bounds", None)
+    log_prob_weight: float = option(
+        "weight of log p(attributes or caption|z); 1 if all terms are in nats", None)
     latent_dim: int = option("dimensions of z", None)
-    mirror: bool = option("flip half of the images horizontally, with masks", False, False, True)
+    mirror: bool = option("flip images and their masks horizontally at random", False, False, True)
     patch_size: int = option("patch size of the UNet in pixels", 2, 1, 2)
     model_channels: int = option("base channels of the UNet, a multiple of 8", None)
     channel_mult: list = option("channel multipliers of the UNet, one for each level", None)
-    attention_resolutions: list = option("resolutions with attention in the UNet", [], [8], [])
+    attention_resolutions: list = option("resolutions, in patches, with attention", [], [8], [])
     dropout: float = option("dropout of the UNet", 0.0, 0.1, 0.0)
-    encoder_channels: int = option("base channels of the image encoder", 16, 64, 8)
+    encoder_channels: int = option("base channels of ConvEncoder and ConvDecoder", 16, 64, 8)
     diffusion_lr: float = option("learning rate of the diffusion decoder", 1e-3, 1e-4, 1e-3)
-    vae_lr: float = option("learning rate of the rest of the model", None)
+    vae_lr: float = option("learning rate of all but the diffusion decoder", None)
     ema_decay: float = option("decay of the EMA of the weights", 0.995, 0.9999, 0.999)
     prior_net: str = option("network of the latent prior", "mlp", choices=("mlp", "unet"))
     prior_steps: int = option("training steps of the latent prior", 4000, 10_000, 4000)
@@ -1249,7 +1251,7 @@ class Settings:
     prior_lr: float = option("learning rate of the latent prior", 2e-3, 1e-3, 2e-3)
     sampling_steps: int = option("sampling steps for images; 100 if --weighting likelihood", 50)
     eta: float = option("η of DDIM, 0 (deterministic) to 1; not with --weighting likelihood", 1.0)
-    num_samples: int = option("generated images for each condition", 256, 6000, 256)
+    num_samples: int = option("generated images for each condition, if evaluated", 256, 6000, 256)
 
     presets = {}  # {name: three defaults}, from the scripts, in place of those above
     may_differ = ("data", "small", "out", "evaluator", "device", "compile", "sampling_steps", "eta",
@@ -1264,7 +1266,7 @@ class Settings:
         given = {name: value for name, value in vars(self).items() if value is not None}
         chosen = {**defaults, **given}
         likelihood = chosen["weighting"] == "likelihood"
-        in_nats = {"diffusion": likelihood, "feedforward": True, "none": False}[chosen["decoder"]]
+        in_nats = {"diffusion": likelihood, "feedforward": True}.get(chosen["decoder"], False)
         if in_nats:  # the image term is in nats, as all others are
             defaults.update(beta=1.0, log_prob_weight=1.0)
         if chosen["decoder"] == "none":
@@ -1283,8 +1285,9 @@ class Settings:
         if not (self.beta >= 0 and self.log_prob_weight >= 0 and 0 <= self.ema_decay < 1
                 and self.diffusion_lr > 0 and self.vae_lr > 0 and self.prior_lr > 0
                 and self.num_samples >= 2 and (self.eta is None or 0 <= self.eta <= 1)):
-            raise InputError(f"a weight, rate, decay, eta or num_samples is out of range: {self}")
-        self.is_bound = in_nats and self.family != "mvtcae"  # if beta and all weights are 1
+            raise InputError("out of range: beta and log_prob_weight must be ≥ 0, learning rates "
+                             "> 0, 0 ≤ ema_decay < 1, num_samples ≥ 2 and 0 ≤ eta ≤ 1")
+        self.is_bound = in_nats and self.family != "mvtcae"  # whether ELBO.bound is one
         unweighted = self.beta == self.log_prob_weight == 1
         self.objective = "ELBO" if self.is_bound and unweighted else "surrogate"
 
@@ -1297,18 +1300,19 @@ class Settings:
             flags = {bool: {"action": BooleanOptionalAction}, list: {"type": int, "nargs": "*"}}
             flag = flags.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
             presets = cls.presets.get(f.name, f.metadata["presets"])
-            help = f.metadata["help"] + " (default {!r}, real {!r}, --small {!r})".format(*presets)
-            parser.add_argument("--" + f.name.replace("_", "-"), help=help, **flag)
+            text = f.metadata["help"]
+            text += " (synthetic {!r}, real {!r}, --small {!r})".format(*presets)
+            parser.add_argument("--" + f.name.replace("_", "-"), help=text, **flag)
         return cls(**vars(parser.parse_args()))
 
     def check_resumable(self, stage, state, trained_on):
         """Refuse a checkpoint of other settings, other data or, for a prior, another model."""
         before, now = {**state["settings"], **state["trained_on"]}, {**asdict(self), **trained_on}
-        for name in sorted(now.keys() - self.may_differ):
+        for name, value in now.items():
             of_prior_only = name.startswith("prior_") and stage == "model"
-            if before.get(name) != now[name] and not of_prior_only:
+            if before.get(name) != value and name not in self.may_differ and not of_prior_only:
                 raise InputError(f"{self.out}/{stage}.pt has {name} {before.get(name)!r}, not "
-                                 f"{now[name]!r}: move it away, or choose another --out")
+                                 f"{value!r}: move it away, or choose another --out")
 
 
 def main(run, settings_class, description):
@@ -1351,6 +1355,9 @@ def build_pair(s, encoders, decoders, log_prob_weights, layout):
     elif s.prior_net == "mlp":
         prior = LatentPrior(ResidualMLP(s.latent_dim, 256, 4), (s.latent_dim,), eta=s.eta)
     else:
+        if math.prod(layout) != s.latent_dim or layout[0] % 2:
+            raise InputError("--prior-net unet needs a latent_dim that is the square of an even "
+                             f"number (faces), or even (birds), not {s.latent_dim}")
         unet = UNet(len(layout), 1, layout[0], s.model_channels, (1, 2))
         prior = LatentPrior(unet, (1, *layout), eta=s.eta)
     return variant(encoders, decoders, beta=s.beta, log_prob_weights=log_prob_weights), prior
@@ -1367,7 +1374,7 @@ def load_run(out, settings_class, build, device="cpu"):
         pair = build(settings_class(**{**states[-1]["settings"], "device": device}))
     for part, state in zip(pair, states):
         if not state["finished"]:
-            raise InputError(f"{out} has a run that is not finished: repeat its command")
+            raise InputError(f"the run in {out} is not finished: repeat its command")
         part.load_state_dict(state["ema"])
         part.to(device).eval().requires_grad_(False)
     return pair
@@ -1376,8 +1383,8 @@ def load_run(out, settings_class, build, device="cpu"):
 def load_evaluator(s, load):
     """Return load(s.evaluator), which must be Supervised, on the same data and image size."""
     was = torch.load(Path(s.evaluator) / "model.pt", "cpu", weights_only=True)["settings"]
-    known = was["decoder"], was["image_size"], Path(was["data"]).name
-    if known != ("none", s.image_size, Path(s.data).name):
+    names = [data and Path(data).resolve().name for data in (was["data"], s.data)]
+    if (was["decoder"], was["image_size"], names[0]) != ("none", s.image_size, names[1]):
         raise InputError(f"{s.evaluator} is not a --decoder none run of this data and image_size")
     return load(s.evaluator, s.device)
 
@@ -1413,7 +1420,7 @@ def open_image(path, mode):
 
 
 def decode_cached(cache, read, names):
-    """Return [read(name) for each name] as a tensor, decoded once, then kept in the file cache."""
+    """Return [read(name) for each name] as a tensor; decode once, then load the file at cache."""
     saved = torch.load(cache, "cpu", weights_only=True) if cache.exists() else {}
     if saved.get("names") != names:
         with ThreadPoolExecutor() as pool:

@@ -67,8 +67,8 @@ def sample_attributes(rng):
 
 
 class Sketch:
-    """A canvas of 128 × 128 pixels with its origin at (dx, dy). Shapes with x > 0 are mirrored. The
-    fourth channel is the mask."""
+    """A canvas of 128 × 128 pixels with its origin at (dx, dy). Shapes with x > 0 are drawn on
+    both sides. The fourth channel is the mask."""
 
     def __init__(self, background, dx, dy):
         self.canvas = Image.new("RGBX", (128, 128), (*background, 0))
@@ -78,9 +78,7 @@ class Sketch:
     def add(self, shape, box, color, in_mask=True, **options):
         """Draw a shape, a method of ImageDraw, into box = (x0, y0, x1, y1)."""
         x0, y0, x1, y1 = box
-        sides = [(x0, x1)]
-        if x0 > 0:
-            sides.append((-x1, -x0))
+        sides = [(x0, x1), (-x1, -x0)] if x0 > 0 else [(x0, x1)]
         for left, right in sides:
             place = (left + self.dx, y0 + self.dy, right + self.dx, y1 + self.dy)
             fill = (*color, 255 if in_mask else 0)
@@ -88,9 +86,9 @@ class Sketch:
 
 
 def render_face(a, rng, size):
-    """Render a face with attributes a from back to front; rng varies the rest -> uint8 (size, size,
-    3 + 1). The mask covers everything except the background, the skin, and makeup or a mustache on
-    it."""
+    """Render a face with attributes a, from back to front; rng varies the rest -> uint8 (size,
+    size, 3 + 1). The mask covers everything except the background, the skin of the face, and makeup
+    or a mustache on it."""
     background, clothes, hat = [tuple(rng.integers(30, 226, 3).tolist()) for _ in range(3)]
     dx, dy = int(rng.integers(62, 67)), int(rng.integers(-2, 3))
     w = int(rng.integers(26, 31))  # half the width of the head
@@ -193,8 +191,8 @@ def read_face(folder, k, size):
     parts except the skin (§4.2)."""
     image = dm.open_image(folder / "CelebA-HQ-img" / f"{k}.jpg", "RGB")
     stem = folder / "CelebAMask-HQ-mask-anno" / f"{k // 2000}" / f"{k:05d}"
-    paths = [path for path in (Path(f"{stem}_{part}.png") for part in PARTS) if path.exists()]
-    layers = [np.asarray(dm.open_image(path, "L")) for path in paths]
+    paths = [Path(f"{stem}_{part}.png") for part in PARTS]
+    layers = [np.asarray(dm.open_image(path, "L")) for path in paths if path.exists()]
     if not layers or any(0 < layer.max() < 128 for layer in layers):
         raise InputError(f"{stem}_*.png are missing or are not masks of 0 and 255: unpack them "
                          "again, or remove the face from the attribute file")
@@ -287,8 +285,7 @@ def table3(model, training, test):
                 scores[label][target] = f1_score(predicted, test[target])
         mean = training[target].float().mean(0)
         constants = [(mean >= k / 20).expand(test[target].shape) for k in range(1, 20)]
-        best = max(f1_score(constant, test[target]) for constant in constants)
-        scores["constant baseline"][target] = best
+        scores["constant baseline"][target] = max(f1_score(c, test[target]) for c in constants)
     return scores
 
 
@@ -302,10 +299,9 @@ def generate(path, model, x, prior=None, training=None):
         latents.update(dm.unconditional_latents(model, prior, training))
     generated = {}
     for label, z in latents.items():
-        generated[label] = {"image": sample(model.decoders, "image", z)}
-        for name in TARGETS.get(label, NON_IMAGE):
-            known = label in TARGETS
-            generated[label][name] = x[name] if known else sample(model.decoders, name, z)
+        decoded = ["image"] if label in TARGETS else ["image", *NON_IMAGE]
+        generated[label] = {name: sample(model.decoders, name, z) for name in decoded}
+        generated[label].update({name: x[name] for name in TARGETS.get(label, [])})
     rows = {"real masks": 2 * x["mask"][:10] - 1, "real": x["image"][:10]}
     rows.update({label: y["image"][:10] for label, y in generated.items()})
     dm.save_grid(path, rows)
@@ -324,7 +320,7 @@ def evaluate(evaluator, generated, real):
 
 def run(s):
     """Train the model and its prior; save samples.png and results.json."""
-    evaluator, _ = dm.load_evaluator(s, load) if s.evaluator else (None, None)
+    evaluator = dm.load_evaluator(s, load)[0] if s.evaluator else None
     torch.manual_seed(s.seed)
     model, prior = build(s)
     data = read_faces(s.data, s.image_size) if s.data else synthetic_faces(s.image_size)

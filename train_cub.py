@@ -4,8 +4,8 @@
     python train_cub.py --data cub          the released data, 64 px, BERT and GPT-2, for a GPU
     python train_cub.py --data cub --small  32 px and small text models, an hour on a CPU
 
-The same command continues a run that was stopped. Compared with train_celeba.py, only one modality
-is new: its encoder returns (mu, logvar), and its decoder has log_prob and sample.
+The same command continues a run that was stopped. Compared with train_celeba.py, only captions are
+new. Like any modality, they have an encoder to (mu, logvar) and a decoder with log_prob and sample.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Settings(dm.Settings):
     gpt2: str = option("caption decoder: name on Hugging Face, or folder", "gpt2")
     optimus: str = option("file with Optimus weights for BERT and GPT-2 (§4.1)", "")
     max_length: int = option("maximum number of tokens in a caption", 28, 64, 32)
-    clip: str = option("CLIP for Tables 1 and 2: name on Hugging Face, or folder", "")
+    clip: str = option("CLIP for the CLIP score of Table 2: name on Hugging Face, or folder", "")
 
     presets = {  # synthetic birds, CUB, CUB with --small
         "out": ("runs/birds", "runs/cub", "runs/cub-small"),
@@ -103,17 +103,16 @@ def render_bird(f, rng, size):
 def write_caption(f, rng):
     """Return a caption that names four or five parts of a bird with factors f."""
     chosen = rng.permutation(len(SPOT))[: rng.integers(4, 6)]
-    parts = [list(SPOT)[k] for k in sorted(chosen)]
     phrases = []
-    nouns = [rng.choice([noun for noun, of in NOUNS.items() if of == part]) for part in parts]
-    for part, noun in zip(parts, nouns):
+    for part in [list(SPOT)[k] for k in sorted(chosen)]:
+        noun = rng.choice([noun for noun, of in NOUNS.items() if of == part])
         shape = f["shape"] + " " if part == "bill" else ""
         phrases.append(f"a {shape}{f[part]} {noun}")
     opening = str(rng.choice(OPENINGS)).format(f["size"])
     return f"{opening} {' , '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-def parse(caption):
+def parse_caption(caption):
     """Return the factors that a caption names: {part: color}, and the bill's shape and the size."""
     said = {NOUNS[noun]: color for _, color, noun in re.findall(PHRASE, caption)}
     said.update({"shape": word for word in caption.split() if word in SHAPES})
@@ -122,7 +121,7 @@ def parse(caption):
 
 
 def read_colors(images):
-    """Return [{part: color}] of images, (N, 3, H, W) in [−1, 1], nearest to the pixels at SPOT."""
+    """Return [{part: color}], the colors nearest to images, (N, 3, H, W) in [−1, 1], at SPOT."""
     palette = torch.tensor(list(COLORS.values())) / 127.5 - 1  # (8, 3)
     x, y = torch.tensor(list(SPOT.values())).T * images.shape[-1] // 128  # (parts,) each
     seen = images[:, :, y, x].mT.cpu()  # (N, parts, 3)
@@ -148,7 +147,7 @@ def synthetic_birds(size):
 # ---- CUB as released -----------------------------------------------------------------------------
 
 def read_captions(path):
-    """Return ten captions from a file, repeating or dropping some; U+FFFD becomes a space."""
+    """Return a file's first ten captions, repeated if fewer; U+FFFD becomes a space."""
     lines = dm.read_lines(path) if path.exists() else []
     captions = [" ".join(line.replace("\ufffd", " ").split()) for line in lines]
     captions = [caption for caption in captions if caption]
@@ -158,8 +157,8 @@ def read_captions(path):
 
 
 def read_birds(folder, size):
-    """Return {split: (images, captions, None)}, as synthetic_birds does. The images are squeezed to
-    squares, decoded once and then kept in a file beside them."""
+    """Return {split: (images, captions, None)}, like synthetic_birds without factors. Images are
+    squeezed to squares, decoded once and then kept in a file beside them."""
     folder, root = Path(folder), Path(folder) / "CUB_200_2011"
     texts = folder / ("text" if (folder / "text").exists() else "text_c10")
     names = dict(line.split() for line in dm.read_lines(root / "images.txt"))
@@ -174,6 +173,7 @@ def read_birds(folder, size):
     data = {}
     for split, flag in (("train", "1"), ("test", "0")):
         rows = [row for row, k in enumerate(names) if is_train[k] == flag]
+        np.random.default_rng(0).shuffle(rows)  # CUB is sorted by species; the first are evaluated
         data[split] = images[rows], [captions[row] for row in rows], None
     return data
 
@@ -197,8 +197,8 @@ class TextEncoder(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """p(caption|z) by GPT-2. z is memory, the key and value of one more position in every layer,
-    and is added to every token embedding. No token attends to the padding, on the right."""
+    """p(caption|z) by GPT-2. One linear map of z is memory, an extra key and value in each layer;
+    another is added to each token embedding. Padding is on the right, so no word attends to it."""
 
     def __init__(self, gpt2, latent_dim, max_length, every_subset):
         super().__init__()
@@ -210,7 +210,7 @@ class TextDecoder(nn.Module):
         self.embedding = nn.Linear(latent_dim, c.n_embd, bias=False)
 
     def remember(self, z):
-        """Return a cache that holds z: one key and value a layer, (B, heads, 1, n_embd/heads)."""
+        """Return a cache that holds z: one key and value per layer, (B, heads, 1, n_embd/heads)."""
         c = self.gpt2.config
         memory = self.memory(z).view(len(z), c.n_layer, c.n_head, 1, -1)
         return hf.DynamicCache([(m, m) for m in memory.unbind(1)])
@@ -294,11 +294,6 @@ def load_text_parts(bert, gpt2, **options):
                         hf.GPT2Config.from_pretrained(gpt2, **options)]
 
 
-def saved_text_parts(out):
-    """Return load_text_parts of the run in the folder out, without asking the hub."""
-    return load_text_parts(f"{out}/bert", f"{out}/gpt2", local_files_only=True)
-
-
 def text_parts(s, captions):
     """Return tokenizers and configurations for a new run; small ones know the words of captions."""
     special = {"pad_token": "<PAD>", "bos_token": "<BOS>", "eos_token": "<EOS>"}
@@ -315,8 +310,8 @@ def text_parts(s, captions):
 
 
 def init_text(s, encoder, decoder):
-    """Load pretrained weights, or give small models sinusoidal position embeddings (Vaswani et al.
-    2017), to tell neighbors apart early, and wider means, because [CLS] hardly varies at first."""
+    """Load pretrained weights. Small models instead get sinusoidal positions (after Vaswani et al.
+    2017), to tell neighbors apart early, and wider μ, because [CLS] hardly varies at first."""
     bert, gpt2 = encoder.bert, decoder.gpt2
     if s.text == "small":
         for positions in (bert.embeddings.position_embeddings, gpt2.transformer.wpe):
@@ -362,7 +357,7 @@ def detokenize(tokenizers, tokens):
 
 # ---- The two modalities --------------------------------------------------------------------------
 
-def tensors(birds, tokenizers, length):
+def to_tensors(birds, tokenizers, length):
     """Return {split: {modality: (N, ...)}} for {split: (images, captions, ...)}."""
     data = {}
     for split, (images, captions, _) in birds.items():
@@ -397,7 +392,7 @@ def build(s, configs, init=False):
 
 def load(out, device="cpu"):
     """Return the trained (model, prior, tokenizers) of the finished run in the folder out."""
-    tokenizers, configs = saved_text_parts(out)
+    tokenizers, configs = load_text_parts(f"{out}/bert", f"{out}/gpt2", local_files_only=True)
     model, prior = dm.load_run(out, Settings, lambda s: build(s, configs), device)
     return model, prior, tokenizers
 
@@ -452,7 +447,7 @@ def coherence(pairs, factors):
     show and, for captions of real images, the share of all named factors that are correct."""
     table = {}
     for label, x in pairs.items():
-        named = [parse(caption) for caption in x["caption"]]
+        named = [parse_caption(caption) for caption in x["caption"]]
         table[label] = {"color_accuracy": agreement(named, read_colors(x["image"]))}
         if label in ("real", "caption from image"):
             table[label]["caption_accuracy"] = agreement(named, factors)
@@ -461,7 +456,7 @@ def coherence(pairs, factors):
 
 @torch.no_grad()
 def table2(clip, tokenizer, pairs, device):
-    """Return {label: {"clip_score": value}}: 100 cos (Hessel et al. 2021 have 2.5 max(cos, 0))."""
+    """Return {label: {"clip_score": mean 100 cos}} (Hessel et al. 2021 use 2.5 max(cos, 0))."""
     side = clip.config.vision_config.image_size
     mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=device)[..., None, None]
     table = {}
@@ -491,17 +486,18 @@ def evaluate(evaluator, pairs, real):
 
 def run(s):
     """Train the model and its prior; save samples.png and results.json."""
-    evaluator = dm.load_evaluator(s, load) if s.evaluator else None
+    evaluator = dm.load_evaluator(s, load) if s.evaluator else None  # (model, prior, tokenizers)
     birds = read_birds(s.data, s.image_size) if s.data else synthetic_birds(s.image_size)
     started = Path(s.out, "model.pt").exists()
     if started:
-        tokenizers, configs = saved_text_parts(s.out)
+        saved = f"{s.out}/bert", f"{s.out}/gpt2"
+        tokenizers, configs = load_text_parts(*saved, local_files_only=True)
     else:
         tokenizers, configs = text_parts(s, [c for ten in birds["train"][1] for c in ten])
         for name, tokenizer, config in zip(("bert", "gpt2"), tokenizers, configs):
             tokenizer.save_pretrained(f"{s.out}/{name}")
             config.save_pretrained(f"{s.out}/{name}")
-    data = tensors(birds, tokenizers, s.max_length)
+    data = to_tensors(birds, tokenizers, s.max_length)
     data = {split: {k: x.to(s.device) for k, x in part.items()} for split, part in data.items()}
     torch.manual_seed(s.seed)
     model, prior = build(s, configs, init=not started)
