@@ -941,7 +941,7 @@ def checksum(tensors):
 
 
 def save_atomically(path, state):
-    """Save state beside path, then rename it, so that path never holds an incomplete file."""
+    """Save state next to path, then rename it, so that path never holds an incomplete file."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
@@ -973,8 +973,8 @@ def fit(s, stage, model, learning_rate, terms, n, trained_on,
         groups.setdefault(learning_rate(p), []).append(p)
     optimizer = torch.optim.Adam([{"params": params} for params in groups.values()], fused=True)
     parts = {"model": model, "ema": ema_model, "optimizer": optimizer}
-    path = Path(s.out) / f"{stage}.pt"
-    step, history, recent = 0, [], []
+    path, recent = Path(s.out) / f"{stage}.pt", []
+    step, history = 0, []
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         state = torch.load(path, "cpu", weights_only=True)
@@ -1235,7 +1235,7 @@ class Settings:
     log_prob_weight: float = option(
         "weight of log p(attributes or caption|z); 1 if all terms are in nats", None)
     latent_dim: int = option("dimensions of z", None)
-    mirror: bool = option("flip images and their masks horizontally at random", False, False, True)
+    mirror: bool = option("flip images and masks horizontally at random", False, False, True)
     patch_size: int = option("patch size of the UNet in pixels", 2, 1, 2)
     model_channels: int = option("base channels of the UNet, a multiple of 8", None)
     channel_mult: list = option("channel multipliers of the UNet, one for each level", None)
@@ -1300,8 +1300,10 @@ class Settings:
             flags = {bool: {"action": BooleanOptionalAction}, list: {"type": int, "nargs": "*"}}
             flag = flags.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
             presets = cls.presets.get(f.name, f.metadata["presets"])
-            text = f.metadata["help"]
-            text += " (synthetic {!r}, real {!r}, --small {!r})".format(*presets)
+            shown = "synthetic {!r}, real {!r}, --small {!r}".format(*presets)
+            if presets[0] == presets[1] == presets[2]:
+                shown = f"default {presets[0]!r}"
+            text = f"{f.metadata['help']} ({shown})"
             parser.add_argument("--" + f.name.replace("_", "-"), help=text, **flag)
         return cls(**vars(parser.parse_args()))
 

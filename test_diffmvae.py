@@ -1286,6 +1286,7 @@ def test_the_command_line_gives_settings(monkeypatch, capsys):
         cub.Settings.parse("what it does")
     said = " ".join(capsys.readouterr().out.split())
     assert "what it does" in said and "(synthetic 5000, real 94000, --small 20000)" in said
+    assert "random seed (default 0)" in said
 
 
 @pytest.mark.parametrize("name, value, message", [

@@ -201,7 +201,7 @@ def read_face(folder, k, size):
 
 def read_faces(folder, size):
     """Return {split: {modality: uint8 (N, ...)}} in CelebA's splits, without its validation faces.
-    Images and masks are decoded once, then kept in a file beside them."""
+    Images and masks are decoded once, then kept in a file next to them."""
     folder = Path(folder)
     path = folder / "CelebAMask-HQ-attribute-anno.txt"
     _, names, *rows = [line.split() for line in dm.read_lines(path)]

@@ -158,7 +158,7 @@ def read_captions(path):
 
 def read_birds(folder, size):
     """Return {split: (images, captions, None)}, like synthetic_birds without factors. Images are
-    squeezed to squares, decoded once and then kept in a file beside them."""
+    squeezed to squares, decoded once and then kept in a file next to them."""
     folder, root = Path(folder), Path(folder) / "CUB_200_2011"
     texts = folder / ("text" if (folder / "text").exists() else "text_c10")
     names = dict(line.split() for line in dm.read_lines(root / "images.txt"))
