@@ -1195,7 +1195,7 @@ def save_history(path, history):
         late = [y for curve in curves for step, y in curve if step > last / 10]
         low, high = min(late), max(late)  # the range of the panel
         scale = 90 / max(high - low, 1e-12)
-        draw.text((6, 120 * k + 4), f"{column}, from {low:.4g} to {high:.4g}, {last} steps", "gray")
+        draw.text((6, 120 * k + 4), f"{column}: axis {low:.4g} to {high:.4g}, step {last}", "gray")
         for curve, color in zip(curves, ("black", "red")):
             draw.line([(590 * x / last, 120 * k + 115 - scale * (min(max(y, low), high) - low))
                        for x, y in curve], color)
@@ -1259,6 +1259,8 @@ class Settings:
 
     def __post_init__(self):
         column = 0
+        if self.small and not self.data:
+            raise InputError("--small needs --data: synthetic data are small as they are")
         if self.data:
             column = 2 if self.small else 1
         defaults = {f.name: self.presets.get(f.name, f.metadata["presets"])[column]
@@ -1326,7 +1328,8 @@ def main(run, settings_class, description):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Stopped. The same command continues from the last checkpoint.", file=sys.stderr)
+        print("Stopped. The same command continues from the last checkpoint, if there is one.",
+              file=sys.stderr)
         sys.exit(130)
 
 
@@ -1368,7 +1371,7 @@ def build_pair(s, encoders, decoders, log_prob_weights, layout):
 def load_run(out, settings_class, build, device="cpu"):
     """Return the trained (model, prior) of the finished run in out. build(s) -> untrained pair."""
     states = [torch.load(Path(out) / "model.pt", "cpu", weights_only=True)]
-    if states[0]["settings"]["decoder"] != "none":
+    if states[0]["settings"]["decoder"] != "none" and states[0]["finished"]:
         states.append(torch.load(Path(out) / "prior.pt", "cpu", weights_only=True))
         if states[1]["trained_on"]["model_checksum"] != checksum(states[0]["ema"]):
             raise InputError(f"{out}/prior.pt is of another model: move it away and train it again")
@@ -1403,6 +1406,7 @@ def save_results(s, tables):
         for label, row in table.items():
             cells = [f"{row[column]:.3f}" if column in row else "" for column in columns]
             print(f"| {label} | {' | '.join(cells)} |")
+    print(f"\nAll tables and figures are in {s.out}.")
 
 
 def read_lines(path):

@@ -1266,7 +1266,7 @@ def test_evaluate_elbo_where_the_evidence_is_known():
 @pytest.mark.parametrize("problem, status, message", [
     (dm.InputError("choose another"), 2, "script.py: choose another"),
     (PermissionError(13, "Permission denied", "x.csv"), 2, "script.py: .* denied: 'x.csv'"),
-    (KeyboardInterrupt(), 130, "Stopped. The same command continues from the last checkpoint."),
+    (KeyboardInterrupt(), 130, "Stopped. The same command .* if there is one."),
 ])
 def test_main_ends_with_one_line(monkeypatch, capsys, problem, status, message):
     monkeypatch.setattr(sys, "argv", ["here/script.py", "--device", "cpu"])
@@ -1296,6 +1296,7 @@ def test_the_command_line_gives_settings(monkeypatch, capsys):
     ("eta", 1.5, "out of range"), ("weighting", "velo", "choose from .'likelihood', '"),
     ("prior_net", "cnn", "choose from .'mlp', 'unet'"), ("text", "big", "choose from .'small'"),
     ("decoder", "unet", "choose from .'diffusion', 'feedforward', 'none'"),
+    ("small", True, "--small needs --data"),
 ])
 def test_nonsense_is_refused(name, value, message):
     with refused(message):
@@ -1432,7 +1433,8 @@ def test_tables_are_saved_and_printed(tmp_path, capsys):
     dm.save_results(tiny(out=tmp_path), tables)
     assert results_in(tmp_path)["tables"] == tables
     lines = ["", "| images | FD ↓ | coherence mask |", "|---|---|---|",
-             "| mask + attributes | 1.250 |  |", "| é | 2.000 | 0.500 |"]
+             "| mask + attributes | 1.250 |  |", "| é | 2.000 | 0.500 |", "",
+             f"All tables and figures are in {tmp_path}."]
     assert capsys.readouterr().out.splitlines() == lines
     with pytest.raises(ValueError, match="not JSON compliant"):
         dm.save_results(tiny(out=tmp_path), {"f1": {"image": {"mask": math.nan}}})

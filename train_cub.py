@@ -360,7 +360,7 @@ def detokenize(tokenizers, tokens):
 def to_tensors(birds, tokenizers, length):
     """Return {split: {modality: (N, ...)}} for {split: (images, captions, ...)}."""
     data = {}
-    for split, (images, captions, _) in birds.items():
+    for split, (images, captions, _) in tqdm(birds.items(), "tokenizing captions"):
         flat = [caption for ten in captions for caption in ten]
         tokens = tokenize(tokenizers, flat, length)  # (10 N, 2, length)
         data[split] = {"image": images, "caption": tokens.unflatten(0, (-1, 10))}
