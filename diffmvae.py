@@ -1258,9 +1258,9 @@ class Settings:
                   "num_samples")  # between a checkpoint and the run that resumes it
 
     def __post_init__(self):
-        column = 0
         if self.small and not self.data:
             raise InputError("--small needs --data: synthetic data are small as they are")
+        column = 0
         if self.data:
             column = 2 if self.small else 1
         defaults = {f.name: self.presets.get(f.name, f.metadata["presets"])[column]
@@ -1298,8 +1298,8 @@ class Settings:
         """Read the settings from the command line."""
         parser = ArgumentParser(description=description, argument_default=SUPPRESS,
                                 formatter_class=RawDescriptionHelpFormatter)
+        flags = {bool: {"action": BooleanOptionalAction}, list: {"type": int, "nargs": "*"}}
         for f in fields(cls):
-            flags = {bool: {"action": BooleanOptionalAction}, list: {"type": int, "nargs": "*"}}
             flag = flags.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
             presets = cls.presets.get(f.name, f.metadata["presets"])
             shown = "synthetic {!r}, real {!r}, --small {!r}".format(*presets)
