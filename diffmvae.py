@@ -1159,10 +1159,10 @@ def save_grid(path, rows, captions={}, side=64):
     captions {label: n strings} below the images."""
     size = next(iter(rows.values())).shape[-1]
     side = size * max(1, side // size)
-    texts = {label: [textwrap.fill(text, side // 6) for text in row]
+    texts = {label: [textwrap.fill(text, side // 7) for text in row]
              for label, row in captions.items()}
     lines = max((text.count("\n") + 1 for row in texts.values() for text in row), default=0)
-    width, height = side + 2, side + 2 + 12 * lines  # of an image with its caption
+    width, height = side + 2, side + 2 + 14 * lines  # of an image with its caption
     left = 12 + max(int(ImageFont.load_default(14).getlength(label)) for label in rows)
     columns = max(map(len, rows.values()))
     sheet = Image.new("RGB", (left + width * columns, height * len(rows)), "white")
@@ -1175,7 +1175,7 @@ def save_grid(path, rows, captions={}, side=64):
             x, image = left + column * width, Image.fromarray(pixels)
             sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y))
             if label in texts:
-                draw.text((x, y + side), texts[label][column], "black", font_size=10, spacing=1)
+                draw.text((x, y + side), texts[label][column], "black", font_size=12, spacing=1)
     sheet.save(path)
 
 

@@ -574,14 +574,6 @@ def test_beta_and_weights_scale_their_terms():
         assert_close(elbo.total, a + 10 * b + c - 0.5 * elbo.kl)
 
 
-@pytest.mark.parametrize("objective", ["ELBO", "surrogate"])
-def test_a_modality_may_be_named_like_a_total(objective):
-    log_prob = {name: torch.tensor([-3.0]) for name in ("ELBO", "surrogate", "KL")}
-    terms = dm.ELBO(log_prob, torch.tensor([2.0]), 1.0, {}).terms(objective)
-    assert next(iter(terms.items())) == (objective, -9 - 2)  # the first one is maximized
-    assert terms["KL"] == 2 and len(terms) == 5
-
-
 @pytest.mark.parametrize("model", [dm.DiffMVAE, dm.MVTCAE, dm.IncompleteDiffMVAE])
 def test_a_weight_of_no_decoder_is_refused(model):
     parts = {"a": nn.Identity(), "b": nn.Identity()}, {"a": nn.Identity()}
@@ -1078,6 +1070,25 @@ def test_every_parameter_is_trained(tmp_path, quick):
         assert moved * 500 == approx(rate, rel=0.01)  # in the last step of the cooldown
 
 
+def test_a_compiled_run_trains_the_same_weights(tmp_path, monkeypatch, quick):
+    """Compiled by torch's backend that needs no compiler."""
+    compile, compiled, weights = nn.Module.compile, [], []
+
+    def with_eager_backend(network, **options):
+        compiled.append(type(network))
+        compile(network, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", with_eager_backend)
+    data = celeba.synthetic_faces(16)
+    for choice in (False, True):
+        s = tiny(out=tmp_path / str(choice), compile=choice)
+        torch.manual_seed(0)
+        model = dm.train_model(s, data, celeba.build(s)[0], celeba.get_batch, Mock())
+        weights.append(model.state_dict())
+    assert compiled == [dm.ConvEncoder, dm.ConvEncoder, dm.UNet, dm.ConvDecoder]
+    assert_close(*weights)
+
+
 def test_targets_are_checked_before_training(tmp_path, quick):
     s, data = tiny(out=tmp_path), celeba.synthetic_faces(16)
     data["train"]["attributes"] = data["train"]["attributes"].char() * 2 - 1  # as CelebA codes them
@@ -1228,8 +1239,8 @@ def test_save_grid(tmp_path):
     rows, captions = {"one": images, "two": images[:2, :1]}, {"two": ["", "two lines of text"]}
     for path, texts, lines in (("a.png", {}, 0), ("b.png", captions, 2)):
         dm.save_grid(tmp_path / path, rows, texts)
-        second = np.asarray(Image.open(tmp_path / path))[66 + 12 * lines:, -198:]
-        assert len(second) == 66 + 12 * lines and (second[64:, 66:130] < 128).any() == (lines > 0)
+        second = np.asarray(Image.open(tmp_path / path))[66 + 14 * lines:, -198:]
+        assert len(second) == 66 + 14 * lines and (second[64:, 66:130] < 128).any() == (lines > 0)
         assert (second[:64, :64] == 0).all() and (second[:64, 66:130] == 128).all()
 
 
