@@ -537,7 +537,7 @@ def check_names(given, known, kind):
 # ---- 6  Latent prior (§3.4) ----------------------------------------------------------------------
 
 class LatentPrior(Diffusion):
-    """A diffusion model of z_0 ~ q(z|x) = ∏_i q(z|x_i), which generates unconditional z.
+    """A diffusion model of z_0 ~ q(z|x) ∝ ∏_i q(z|x_i), which generates unconditional z.
 
     It is trained after the model, with the model fixed. shape: the shape in which net takes one z,
     (D,) for a ResidualMLP; (1, 16, 16) on CelebA and (1, 768) on CUB for the paper's UNets.
@@ -879,10 +879,10 @@ class MVTCAE(DiffMVAE):
 class IncompleteDiffMVAE(DiffMVAE):
     """Eq. 5 for examples that lack modalities: a bound on log p(x_observed).
 
-    observed: {name: (B,) bool} says for each modality in x which examples have it. In the gaps x
-    may hold anything, even NaN. Each A becomes A ∩ observed; subsets that are then empty are
-    dropped, the rest are weighted equally, and only observed modalities are reconstructed. Every
-    decoder runs for every subset.
+    observed: {name: (B,) bool} says for each modality in x which examples have it. Missing
+    values in x may be anything, even NaN. Each A becomes A ∩ observed; subsets that are then empty
+    are dropped, the rest are weighted equally, and only observed modalities are reconstructed.
+    Every decoder runs for every subset.
     """
 
     def present(self, x, observed):
@@ -1251,7 +1251,7 @@ class Settings:
     prior_lr: float = option("learning rate of the latent prior", 2e-3, 1e-3, 2e-3)
     sampling_steps: int = option("sampling steps for images; 100 if --weighting likelihood", 50)
     eta: float = option("η of DDIM, 0 (deterministic) to 1; not with --weighting likelihood", 1.0)
-    num_samples: int = option("generated images for each condition, if evaluated", 256, 6000, 256)
+    num_samples: int = option("generated images per condition; faces: if evaluated", 256, 6000, 256)
 
     presets = {}  # {name: three defaults}, from the scripts, in place of those above
     may_differ = ("data", "small", "out", "evaluator", "device", "compile", "sampling_steps", "eta",
@@ -1259,7 +1259,7 @@ class Settings:
 
     def __post_init__(self):
         if self.small and not self.data:
-            raise InputError("--small needs --data: synthetic data are small as they are")
+            raise InputError("--small needs --data: synthetic data are already small")
         column = 0
         if self.data:
             column = 2 if self.small else 1

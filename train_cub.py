@@ -31,7 +31,7 @@ from diffmvae import InputError, batches, encode_rows, option, sample
 class Settings(dm.Settings):
     """Settings for birds. README.md says which defaults are the paper's."""
 
-    text: str = option("text models; small: untrained; pretrained: from --bert and --gpt2",
+    text: str = option("text models; small: from scratch; pretrained: from --bert and --gpt2",
                        "small", "pretrained", "small", choices=("small", "pretrained"))
     bert: str = option("caption encoder: name on Hugging Face, or folder", "bert-base-cased")
     gpt2: str = option("caption decoder: name on Hugging Face, or folder", "gpt2")
