@@ -574,6 +574,14 @@ def test_beta_and_weights_scale_their_terms():
         assert_close(elbo.total, a + 10 * b + c - 0.5 * elbo.kl)
 
 
+@pytest.mark.parametrize("objective", ["ELBO", "surrogate"])
+def test_a_modality_may_be_named_like_a_total(objective):
+    log_prob = {name: torch.tensor([-3.0]) for name in ("ELBO", "surrogate", "KL")}
+    terms = dm.ELBO(log_prob, torch.tensor([2.0]), 1.0, {}).terms(objective)
+    assert next(iter(terms.items())) == (objective, -9 - 2)  # the first one is maximized
+    assert terms["KL"] == 2 and len(terms) == 5
+
+
 @pytest.mark.parametrize("model", [dm.DiffMVAE, dm.MVTCAE, dm.IncompleteDiffMVAE])
 def test_a_weight_of_no_decoder_is_refused(model):
     parts = {"a": nn.Identity(), "b": nn.Identity()}, {"a": nn.Identity()}
@@ -1072,11 +1080,11 @@ def test_every_parameter_is_trained(tmp_path, quick):
 
 def test_a_compiled_run_trains_the_same_weights(tmp_path, monkeypatch, quick):
     """Compiled by torch's backend that needs no compiler."""
-    compile, compiled, weights = nn.Module.compile, [], []
+    original, compiled, weights = nn.Module.compile, [], []
 
     def with_eager_backend(network, **options):
         compiled.append(type(network))
-        compile(network, backend="eager", **options)
+        original(network, backend="eager", **options)
 
     monkeypatch.setattr(nn.Module, "compile", with_eager_backend)
     data = celeba.synthetic_faces(16)
